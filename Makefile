@@ -1,0 +1,76 @@
+# The front door.  Each target sets up .venv by itself, from nothing but make and Python 3.11 or later.
+PYTHON ?= python3
+BIN := .venv/bin
+# The stamp holds the folder it was made in: scripts inside a virtual environment name their own path, so a moved or
+# copied checkout sets up anew.
+STAMP := .venv/.set-up
+HERE := $(shell pwd)
+PINS := requirements/dev.txt
+SETUP_FROM := $(PINS) packages/llm-daemon/pyproject.toml
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.DEFAULT_GOAL := help
+.PHONY: help setup run check test soak bench format pins clean
+
+ifneq ($(shell cat $(STAMP) 2>/dev/null),$(HERE))
+.PHONY: $(STAMP)
+endif
+
+help:
+	@echo 'make setup   .venv with everything pinned (all others do this by themselves)'
+	@echo 'make run     ask the starter model a question'
+	@echo 'make check   format, lint, types and the quick tests'
+	@echo 'make test    everything that must pass, real engine included'
+	@echo 'make soak    the tests that take minutes'
+	@echo 'make bench   our own speed, against peers'
+	@echo 'make format  put the code into its form'
+	@echo 'make pins    resolve requirements/dev.txt anew'
+	@echo 'make clean   remove .venv, caches and builds'
+
+setup: $(STAMP)
+	@:
+
+# The stamp goes first and comes last, so an interrupted setup starts over.
+$(STAMP): $(SETUP_FROM)
+	@command -v $(PYTHON) >/dev/null || { echo 'Python is missing: apt-get install python3 python3-venv, or make PYTHON=/path/to/python' >&2; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "$(PYTHON) is older than Python 3.11: name a newer one, make PYTHON=python3.12 $(MAKECMDGOALS)" >&2; exit 1; }
+	@$(PYTHON) -c 'import venv, ensurepip' 2>/dev/null || \
+	  { echo 'Python cannot make virtual environments here: apt-get install python3-venv' >&2; exit 1; }
+	@echo 'Setting up .venv (pinned packages, about a minute; once)' >&2
+	@if [ "$$(cat $@ 2>/dev/null)" != '$(HERE)' ]; then $(PYTHON) -m venv --clear .venv; fi
+	@rm -f $@
+	@$(BIN)/python -m pip install -qq --no-deps --require-hashes -r $(PINS)
+	@$(BIN)/python -m pip install -qq --no-deps --no-build-isolation -e packages/llm-daemon
+	@echo '$(HERE)' >$@
+
+run: $(STAMP)
+	@$(BIN)/llm-daemon run smollm2-135m "Why is the sky blue? Answer in one sentence."
+
+check: $(STAMP)
+	@$(BIN)/ruff format --check --quiet --output-format concise || { echo 'not formatted: make format' >&2; exit 1; }
+	@$(BIN)/ruff check --quiet
+	@$(BIN)/mypy --no-error-summary
+	@$(BIN)/pytest -m 'not slow and not real'
+
+test: $(STAMP)
+	@$(BIN)/pytest -m 'not slow'
+
+soak: $(STAMP)
+	@$(BIN)/pytest -m slow --timeout 1800
+
+bench: $(STAMP)
+	@$(BIN)/python benchmarks/run.py
+
+format: $(STAMP)
+	@$(BIN)/ruff check --quiet --fix-only
+	@$(BIN)/ruff format --quiet
+
+# Hashes and no addresses: whoever installs uses the package index of their own configuration.
+pins: $(STAMP)
+	@$(BIN)/uv pip compile --quiet --upgrade --universal --python-version 3.11 --generate-hashes --no-header \
+	  --no-emit-index-url --no-emit-find-links --all-extras packages/llm-daemon/pyproject.toml requirements/dev.in -o $(PINS)
+
+clean:
+	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache .hypothesis build dist packages/*/dist
+	find packages tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +

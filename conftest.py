@@ -1,0 +1,64 @@
+"""For every test of the workspace: folders of its own, and nothing that outlives the session."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+# Models are large and never change: they are fetched once for all sessions, unless the environment names a place.
+MODELS = Path(__file__).parent / ".cache" / "models"
+
+
+@pytest.fixture(scope="session", autouse=True)
+def own_folders(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Nobody's settings, daemon or logs are read or touched, and no process is left when the session ends."""
+    home = tmp_path_factory.mktemp("home")
+    kept = os.environ.get("LLM_DAEMON_CACHE_DIR", str(MODELS))
+    before = dict(os.environ)
+    for name in [n for n in os.environ if n.startswith("LLM_DAEMON_")]:
+        del os.environ[name]
+    os.environ |= {
+        "LLM_DAEMON_RUNTIME_DIR": str(home / "run"),
+        "LLM_DAEMON_STATE_DIR": str(home / "state"),
+        "LLM_DAEMON_CONFIG": str(home / "config.toml"),
+        "LLM_DAEMON_CACHE_DIR": kept,
+    }
+    yield
+    os.environ.clear()
+    os.environ |= before
+    refuse_leftovers(str(tmp_path_factory.getbasetemp()))
+
+
+def refuse_leftovers(folder: str) -> None:
+    """Fails if a process born of this session lives on; a daemon that is just leaving gets a moment.
+
+    A child is ours by descent, an orphan by the session's folder in its command, working folder or environment.
+    """
+    ours = [p for p in psutil.process_iter() if p.pid != os.getpid() and (_is_child(p) or _lives_in(p, folder))]
+    _, alive = psutil.wait_procs(ours, timeout=15)
+    left = [f"{p.pid}: {' '.join(p.cmdline())}" for p in alive if p.is_running()]
+    for process in alive:
+        process.kill()
+    psutil.wait_procs(alive, timeout=5)
+    if left:
+        pytest.fail("the tests left processes behind:\n  " + "\n  ".join(left), pytrace=False)
+
+
+def _is_child(process: psutil.Process) -> bool:
+    try:
+        return process.ppid() == os.getpid()
+    except psutil.Error:
+        return False
+
+
+def _lives_in(process: psutil.Process, folder: str) -> bool:
+    try:
+        return any(
+            folder == part or folder + os.sep in part for part in (process.cwd(), *process.cmdline(), *process.environ().values())
+        )
+    except (psutil.Error, OSError):  # not ours to look at, or just gone
+        return False

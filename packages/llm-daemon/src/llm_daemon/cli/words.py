@@ -1,0 +1,115 @@
+"""How things are said: sizes, durations, tables; JSON for scripts; and nothing that could upset a terminal."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import click
+
+
+def clean(text: object, keep: str = "") -> str:
+    r"""Without control characters: names of processes, files and models come from others.
+
+    >>> clean("a\x1b[31mb\n")
+    'a?[31mb?'
+    """
+    return "".join(c if c.isprintable() or c in keep else "?" for c in str(text))
+
+
+def size(n: float | None) -> str:
+    """Bytes for people.
+
+    >>> [size(n) for n in (None, 0, 999, 98_362_432, 5_200_000_000)]
+    ['-', '0 B', '999 B', '98 MB', '5.2 GB']
+    """
+    if n is None:
+        return "-"
+    for unit in ("B", "kB", "MB"):
+        if n < 999.5:
+            return f"{n:.0f} {unit}"
+        n /= 1000
+    return f"{n:.1f} GB" if n < 999.95 else f"{n / 1000:.1f} TB"
+
+
+def duration(seconds: float | None) -> str:
+    """Seconds for people.
+
+    >>> [duration(s) for s in (None, 0.4, 59, 120, 1800, 3900, 200_000)]
+    ['-', '0 s', '59 s', '2 min', '30 min', '1 h 5 min', '2 d 7 h']
+    """
+    if seconds is None:
+        return "-"
+    if round(seconds) < 90 and round(seconds) != 60:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    if minutes < 60:
+        return f"{minutes} min"
+    hours, minutes = divmod(minutes, 60)
+    if hours < 48:
+        return f"{hours} h" + (f" {minutes} min" if minutes else "")
+    days, hours = divmod(hours, 24)
+    return f"{days} d" + (f" {hours} h" if hours else "")
+
+
+def count(n: int, one: str, many: str = "") -> str:
+    """
+    >>> count(1, "client"), count(3, "client"), count(0, "process", "processes")
+    ('1 client', '3 clients', '0 processes')
+    """
+    return f"{n} {one if n == 1 else many or one + 's'}"
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
+    """Prints aligned columns; the last one may be long."""
+    lines = [list(head), *([clean(cell) for cell in row] for row in rows)]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(head) - 1)]
+    for line in lines:
+        cells = [cell.ljust(width) for cell, width in zip(line, [*widths, 0], strict=True)]
+        click.echo("  ".join(cells).rstrip())
+
+
+def as_json(value: Any) -> None:
+    """The one JSON document of a `--json` command."""
+    click.echo(json.dumps(value, indent=2))
+
+
+def is_terminal(stream: Any) -> bool:
+    """Whether a person looks at (or types into) this standard stream."""
+    try:
+        return stream is not None and stream.isatty()
+    except ValueError:  # closed
+        return False
+
+
+def note(text: str, quiet: bool = False) -> None:
+    """A dim line on stderr: about the work, not part of the answer."""
+    if not quiet:
+        click.secho(clean(text), err=True, dim=is_terminal(sys.stderr))
+
+
+def subcommand(name: str, examples: str, **settings: Any) -> Callable[[Callable[..., Any]], click.Command]:
+    """Decorator: a command with its `Examples:` block, one example a line."""
+    return click.command(name, epilog=example_block(examples), **settings)
+
+
+def example_block(examples: str) -> str:
+    r"""The end of a help page.
+
+    >>> example_block("llm-daemon ps")
+    '\x08\nExamples:\n  llm-daemon ps'
+    """
+    return "\b\nExamples:\n" + "\n".join("  " + line.strip() for line in examples.strip().splitlines())
+
+
+json_option = click.option("--json", "json_", is_flag=True, help="Print one JSON document instead.")
+quiet_option = click.option("--quiet", "-q", is_flag=True, help="No progress and no remarks on stderr.")
+
+
+def load_options(function: Callable[..., Any]) -> Callable[..., Any]:
+    """`--engine` and `--context`, for every command that loads a model."""
+    context = click.option("--context", type=click.IntRange(min=1), metavar="TOKENS", help="Room for one conversation.")
+    engine = click.option("--engine", metavar="NAME", help="Load with this engine (see `llm-daemon engines`).")
+    return engine(context(function))

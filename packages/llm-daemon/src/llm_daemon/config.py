@@ -1,0 +1,217 @@
+"""Settings: file, then environment, then flags, into one frozen object that remembers where each value came from."""
+
+from __future__ import annotations
+
+import difflib
+import ipaddress
+import os
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields, replace
+from typing import Any
+
+from . import paths
+from .errors import UsageError
+
+DEFAULT_PORT = 28282
+# Variables that are not settings: folders, and what the daemon and its tests tell their own processes.
+RESERVED = frozenset(
+    "LLM_DAEMON_" + name for name in ("RUNTIME_DIR", "STATE_DIR", "CACHE_DIR", "CONFIG", "PYTHON", "GEN", "FAULTS")
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """Every setting there is.  Times in seconds.
+
+    `ttl`: how long an idle model stays when nobody leases it; `leased_ttl`: while somebody does.
+    `linger`: how long the daemon outlives its last reason to live.  `port`: None means 28282 or the next free one;
+    a number means that one or an error.  `auth`: `token` or `none`.  `queue_limit`: requests that may wait for one
+    model.  `context`, `parallel`: what a model is loaded with when nobody says.  `catalog`: user entries and
+    aliases.  `engines`: a table for each engine (`path`, `args`, `env`, `adapter`).
+    """
+
+    ttl: float = 120.0
+    leased_ttl: float = 1800.0
+    linger: float = 10.0
+    port: int | None = None
+    host: str = "127.0.0.1"
+    auth: str = "token"
+    queue_limit: int = 1000
+    default_model: str = "smollm2-135m"
+    default_engine: str | None = None
+    context: int = 4096
+    parallel: int = 2
+    threads: int | None = None
+    catalog: Mapping[str, Any] = field(default_factory=dict)
+    engines: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    origins: Mapping[str, str] = field(default_factory=dict, compare=False)
+
+    @classmethod
+    def load(
+        cls, environ: Mapping[str, str] | None = None, file: str | None = None, flags: Mapping[str, Any] | None = None
+    ) -> Settings:
+        """Reads the file (missing is fine), the environment and the flags (None values are not given).
+
+        Raises UsageError (`bad_config`) that names file and line, variable or flag.
+        """
+        environ = os.environ if environ is None else environ
+        path = file or paths.config_file()
+        values: dict[str, Any] = {}
+        origins: dict[str, str] = {}
+        for key, value, where in _from_file(path):
+            values[key] = _checked(key, value, where)
+            origins[key] = where
+        for name, text in environ.items():
+            if not name.startswith("LLM_DAEMON_") or name in RESERVED or not text:
+                continue
+            key, where = name.removeprefix("LLM_DAEMON_").lower(), f"environment variable {name}"
+            if key not in _CHECKS:
+                raise _unknown(key, where, [k for k in _CHECKS])
+            values[key] = _checked(key, text, where)
+            origins[key] = where
+        for key, value in (flags or {}).items():
+            if value is not None:
+                values[key] = _checked(key, value, f"flag --{key.replace('_', '-')}")
+                origins[key] = "flag"
+        return replace(cls(), **values, origins=origins)
+
+    def origin(self, key: str) -> str:
+        """Where the value of `key` came from: `default`, `FILE line N`, an environment variable, `flag`."""
+        return self.origins.get(key, "default")
+
+
+def _bad(what: str, where: str, hint: str = "") -> UsageError:
+    return UsageError(f"{where}: {what}", code="bad_config", hint=hint or "`llm-daemon config` shows every setting")
+
+
+def _unknown(key: str, where: str, known: list[str]) -> UsageError:
+    near = difflib.get_close_matches(key, known, 1)
+    return _bad(
+        f"unknown setting {key!r}", where, f"did you mean {near[0]!r}?" if near else "settings are " + ", ".join(sorted(known))
+    )
+
+
+def _seconds(value: Any) -> float:
+    number = float(value)
+    if isinstance(value, bool) or not 0 <= number <= 10**9:
+        raise ValueError
+    return number
+
+
+def _number(least: int, most: int) -> Callable[[Any], int]:
+    def check(value: Any) -> int:
+        if isinstance(value, (bool, float)) or not least <= int(value) <= most:
+            raise ValueError
+        return int(value)
+
+    return check
+
+
+def _host(value: Any) -> str:
+    if value == "localhost" or ipaddress.ip_address(value).is_loopback:
+        return str(value)
+    raise ValueError
+
+
+def _auth(value: Any) -> str:
+    if value not in ("token", "none"):
+        raise ValueError
+    return str(value)
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, str) or not value:
+        raise ValueError
+    return value
+
+
+_CHECKS: dict[str, tuple[Callable[[Any], Any], str]] = {
+    "ttl": (_seconds, "seconds, 0 or more"),
+    "leased_ttl": (_seconds, "seconds, 0 or more"),
+    "linger": (_seconds, "seconds, 0 or more"),
+    "port": (_number(1, 65535), "a port from 1 to 65535"),
+    "host": (_host, "a loopback address (other addresses need TLS and a key, which this version does not offer)"),
+    "auth": (_auth, "'token' or 'none'"),
+    "queue_limit": (_number(0, 1_000_000), "a whole number, 0 or more"),
+    "default_model": (_text, "a model name"),
+    "default_engine": (_text, "an engine name"),
+    "context": (_number(1, 2**31 - 1), "tokens, 1 or more"),
+    "parallel": (_number(1, 1024), "a whole number from 1 to 1024"),
+    "threads": (_number(1, 4096), "a whole number, 1 or more"),
+}
+_TABLES = ("catalog", "engines")
+_ENGINE_KEYS = {"path": str, "args": list, "env": dict, "adapter": str}
+
+
+def _checked(key: str, value: Any, where: str) -> Any:
+    if key in _TABLES:
+        return value
+    check, wanted = _CHECKS[key]
+    try:
+        return check(value)
+    except (ValueError, TypeError):
+        raise _bad(f"{key} must be {wanted}, not {value!r}", where) from None
+
+
+def _from_file(path: str) -> list[tuple[str, Any, str]]:
+    """(key, value, where) of each top-level entry of the file."""
+    try:
+        with open(path, "rb") as f:
+            raw = f.read()
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    except OSError as e:
+        raise _bad(f"cannot read it: {e.strerror}", path) from e
+    import tomllib
+
+    try:
+        text = raw.decode()
+        table = tomllib.loads(text)
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as e:
+        raise _bad(f"not valid TOML: {e}", path) from None
+    known = [*_CHECKS, *_TABLES]
+    out: list[tuple[str, Any, str]] = []
+    for key, value in table.items():
+        where = f"{path} line {_line(text, key)}"
+        if key not in known:
+            raise _unknown(key, where, known)
+        if key in _TABLES and not isinstance(value, dict):
+            raise _bad(f"{key} must be a table", where)
+        if key == "engines":
+            _check_engines(value, text, path)
+        out.append((key, value, where))
+    return out
+
+
+def _check_engines(table: dict[str, Any], text: str, path: str) -> None:
+    for name, options in table.items():
+        where = f"{path} line {_line(text, name)}"
+        if not isinstance(options, dict):
+            raise _bad(f"engines.{name} must be a table", where)
+        for key, value in options.items():
+            where = f"{path} line {_line(text, key, after=name)}"
+            if key not in _ENGINE_KEYS:
+                raise _unknown(key, where, list(_ENGINE_KEYS))
+            if not isinstance(value, _ENGINE_KEYS[key]):
+                raise _bad(f"engines.{name}.{key} must be a {_ENGINE_KEYS[key].__name__}", where)
+
+
+def _line(text: str, key: str, after: str = "") -> int:
+    """The line a key stands on (tomllib does not say): its first `key =` or `[...key`, past the line of `after`."""
+    lines = text.splitlines()
+    start = next((i for i, line in enumerate(lines) if after and after in line), 0)
+    pattern = re.compile(rf"""^\s*(\[+.*\b)?["']?{re.escape(key)}["']?\s*([=.\]]|$)""")
+    for i in range(start, len(lines)):
+        if pattern.search(lines[i]) or (i == start and after and key in lines[i]):
+            return i + 1
+    return start + 1
+
+
+def effective(settings: Settings) -> dict[str, dict[str, Any]]:
+    """{key: {"value": ..., "from": ...}} for `llm-daemon config`."""
+    return {
+        f.name: {"value": getattr(settings, f.name), "from": settings.origin(f.name)}
+        for f in fields(settings)
+        if f.name != "origins"
+    }

@@ -1,0 +1,1 @@
+"""Decides.  Pure: no socket, clock, process or log; `handle(event, now)` returns commands.  A test proves the import rule."""

@@ -1,0 +1,71 @@
+"""The life of one instance: absent, starting, ready, draining, stopping, failed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import Enum
+
+from ..spec import Spec
+from .events import Wire
+from .lanes import Lane
+
+BACKOFF_FIRST, BACKOFF_MOST = 1.0, 60.0  # seconds between starts of an engine that keeps failing
+ABANDON_AFTER = 2.0  # seconds a start goes on when nobody waits for it any more: a client that retries finds it warm
+
+
+class State(str, Enum):
+    """Where an instance is.  Only `ready` admits tickets; the three middle ones own a process."""
+
+    ABSENT = "absent"  # nothing runs; kept while a lease names it
+    STARTING = "starting"
+    READY = "ready"
+    DRAINING = "draining"  # finishes what runs, admits nobody
+    STOPPING = "stopping"
+    FAILED = "failed"
+
+
+@dataclass(slots=True)
+class Instance:
+    """One spec and, most of the time, one engine process serving it.  Times are monotonic seconds.
+
+    `waiters` are (lease, request) pairs that want to hear of readiness.  `last_use` is the end of the last
+    request, the last wish, or the moment the last lease left.
+    """
+
+    id: str
+    spec: Spec
+    lane: Lane
+    last_use: float
+    state: State = State.ABSENT
+    leases: set[str] = field(default_factory=set)
+    waiters: list[tuple[str, int]] = field(default_factory=list)
+    keep_alive: float | None = None
+    error: Wire | None = None
+    failures: int = 0
+    retry_at: float = 0.0
+    abandon_at: float | None = None
+    starts: int = 0
+
+    @property
+    def has_process(self) -> bool:
+        return self.state in (State.STARTING, State.READY, State.DRAINING, State.STOPPING)
+
+    @property
+    def is_wanted(self) -> bool:
+        """Somebody waits for it or is served by it right now (a lease alone is no use)."""
+        return bool(self.waiters or self.lane.waiting or self.lane.running)
+
+    def closes_at(self, ttl: float, leased_ttl: float) -> float | None:
+        """When a ready instance is unloaded if nothing else happens; None while it is in use or not ready."""
+        if self.state is not State.READY or self.is_wanted:
+            return None
+        if self.keep_alive is not None:
+            return self.last_use + self.keep_alive
+        return self.last_use + (leased_ttl if self.leases else ttl)
+
+    def note_failure(self, error: Wire, now: float) -> None:
+        """A start failed or a process died: 1, 2, 4 ... seconds until a request may start it again, 60 at most."""
+        self.state = State.FAILED
+        self.error = error
+        self.failures += 1
+        self.retry_at = now + min(BACKOFF_MOST, BACKOFF_FIRST * 2 ** min(self.failures - 1, 10))

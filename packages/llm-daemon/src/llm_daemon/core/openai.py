@@ -1,0 +1,76 @@
+"""The little of OpenAI's HTTP form that we read and write ourselves: which model a body names, and error bodies."""
+
+from __future__ import annotations
+
+from math import ceil
+
+import msgspec
+
+from ..errors import LlmDaemonError, Unavailable, UsageError
+
+_TYPES = {
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    429: "rate_limit_error",
+}
+
+
+class Wanted(msgspec.Struct, frozen=True, gc=False):
+    """The fields of a request body that decide where it goes; everything else is the engine's business."""
+
+    model: str | None = None
+    stream: bool | None = None
+
+
+_DECODER = msgspec.json.Decoder(Wanted)
+
+
+def read_wanted(body: bytes) -> Wanted:
+    """Reads `model` and `stream` from a JSON body.
+
+    >>> read_wanted(b'{"model": "smollm2-135m", "messages": [], "stream": true}')
+    Wanted(model='smollm2-135m', stream=True)
+
+    Raises UsageError (`bad_json`) if the body is not JSON, not an object, or one of the two has a wrong type.
+    """
+    try:
+        return _DECODER.decode(body)
+    except msgspec.ValidationError as e:
+        raise UsageError(f"request body: {e}", code="bad_json") from None
+    except RecursionError:
+        raise UsageError("request body is nested too deeply", code="bad_json") from None
+    except (msgspec.DecodeError, UnicodeDecodeError) as e:  # the latter: a `model` that is not UTF-8
+        raise UsageError(f"request body is not valid JSON: {e}", code="bad_json") from None
+
+
+def error_body(error: LlmDaemonError) -> bytes:
+    """The error as one line of OpenAI's JSON; the engine's `last_words` and `log` ride along when known.
+
+    >>> error_body(UsageError("no model 'x'", code="unknown_model", status=404))
+    b'{"error":{"message":"no model \\'x\\'","type":"not_found_error","param":null,"code":"unknown_model"}}'
+    """
+    inner: dict[str, object] = {"message": error.message, "type": error_type(error), "param": None, "code": error.code}
+    if error.hint:
+        inner["hint"] = error.hint
+    inner.update((key, error.data[key]) for key in ("last_words", "log", "retry_after") if key in error.data)
+    return msgspec.json.encode({"error": inner})
+
+
+def retry_after(error: LlmDaemonError) -> int | None:
+    """Whole seconds for `Retry-After`, None for errors that waiting does not cure.
+
+    >>> retry_after(Unavailable("the queue is full", retry_after=0.2)), retry_after(UsageError("no"))
+    (1, None)
+    """
+    given = error.data.get("retry_after")
+    if isinstance(given, (int, float)):
+        return max(0, ceil(given))
+    return 1 if error.status in (429, 503) else None
+
+
+def error_type(error: LlmDaemonError) -> str:
+    """OpenAI's word for the kind of error: ours to answer (`server_error`) or the caller's (`invalid_request_error`, ...)."""
+    if error.status >= 500:
+        return "unavailable_error" if isinstance(error, Unavailable) else "server_error"
+    return _TYPES.get(error.status, "invalid_request_error")

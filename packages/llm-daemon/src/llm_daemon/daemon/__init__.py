@@ -1,0 +1,1 @@
+"""Does.  All IO, no policy; the core decides."""

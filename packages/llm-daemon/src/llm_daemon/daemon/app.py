@@ -1,0 +1,392 @@
+"""Wires everything; the one file that knows every other."""
+
+from __future__ import annotations
+
+import asyncio
+import fcntl
+import faulthandler
+import gc
+import logging
+import os
+import resource
+import secrets
+import select
+import socket
+import sys
+import threading
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+from time import monotonic
+from typing import Any
+
+from .. import errors, paths
+from ..core import events as ev
+from ..core.events import Command, Event
+from ..core.leases import Leases
+from ..core.machine import Machine
+from ..models.fetch import fetch
+from ..spec import Spec, Wish
+from .boot import Born
+from .control_server import ControlServer, Say
+from .gateway import Ask, Gateway, Route, Turn
+from .logs import RotatingLog
+from .pump import Pump
+from .status import status
+from .supervisor import Supervisor
+from .sweep import sweep
+
+log = logging.getLogger("llm_daemon")
+BEAT = 10.0  # seconds between two looks at ourselves: rare, because an idle daemon should sleep
+WEDGED = 6  # beats of the watchdog without one of the loop
+TOUCH_EVERY = 360  # beats between touches of our files, so that no cleaner of old files takes them
+
+
+class Daemon:
+    """The running daemon.  Everything here happens on the loop's thread."""
+
+    def __init__(self, born: Born) -> None:
+        self.born = born
+        self.settings = born.settings
+        self.started = monotonic()
+        self.token = read_token() if self.settings.auth == "token" else None
+        self.machine = Machine(
+            Leases.born(self.settings.linger, self.started),
+            self.settings.ttl,
+            self.settings.leased_ttl,
+            self.settings.queue_limit,
+        )
+        self.pump = Pump(self.machine, self._do)
+        self.control = ControlServer(self)
+        self.supervisor = Supervisor(self.settings, born.runtime_dir, born.generation, born.log_dir, self.post)
+        self.gateway = Gateway(self, token=self.token)
+        self.turns: dict[str, Turn] = {}
+        self.asking: dict[str, asyncio.Task[None]] = {}  # tickets and questions whose model is being looked up
+        self.beats = 0
+        self.is_ghost = False
+        self._http: socket.socket | None = None
+        host, port = born.tcp.getsockname()[:2]
+        self._base = f"http://{f'[{host}]' if ':' in host else host}:{port}"
+        self._welcome: dict[str, object] = {
+            "version": version(),
+            "pid": os.getpid(),
+            "base_url": self._base + "/v1",
+            "api_key": self.token or "none",
+            "port": port,
+            "port_note": born.port_note,
+            "socket": os.path.join(born.runtime_dir, "http.sock"),
+            "http_socket": os.path.join(born.runtime_dir, "http.sock"),
+            "runtime_dir": born.runtime_dir,
+            "log": paths.daemon_log(born.log_dir),
+        }
+
+    async def run(self) -> None:
+        """Serves until the process ends; never returns."""
+        swept = sweep(Path("."), self.born.generation)
+        if swept:
+            log.warning("ended %d processes that a killed daemon left behind", swept)
+        locating = asyncio.create_task(self.supervisor.ready())
+        self._http = publish_http(self.born.generation)
+        await self.control.serve(self.born.listener)
+        await self.gateway.serve(self.born.tcp, self._http)
+        note = f" ({self.born.port_note})" if self.born.port_note else ""
+        log.info("serving at %s%s, pid %d", self._base, note, os.getpid())
+        self.pump.post(ev.Tick())
+        self._beat()
+        threading.Thread(target=watch, args=(self,), daemon=True, name="watchdog").start()
+        await locating
+        gc.collect()
+        gc.freeze()  # what is loaded now stays: later collections need not look at it
+        await asyncio.get_running_loop().create_future()
+
+    def post(self, event: Event) -> None:
+        self.pump.post(event)
+
+    # Commands of the core -------------------------------------------------------------------------------------
+    def _do(self, command: Command) -> None:
+        match command:
+            case ev.Start(instance, spec):
+                self.supervisor.start(instance, spec)
+            case ev.Halt(instance, force):
+                self.supervisor.halt(instance, force)
+            case ev.Run(ticket, instance):
+                process = self.supervisor.live[instance].process
+                if process is None:  # died in this very moment; its Down is on the way
+                    self.turns.pop(ticket).refuse(errors.EngineError("the engine died", code="engine_died"))
+                    self.post(ev.Ended(ticket))
+                else:
+                    self.turns[ticket].run(Route(instance, process.socket))
+            case ev.Refuse(ticket, error):
+                self.turns.pop(ticket).refuse(errors.from_wire(dict(error)))
+            case ev.TellReady(lease, request, instance):
+                self._tell_ready(lease, request, instance)
+            case ev.TellError(lease, request, error):
+                self.control.tell(lease, "ERROR", request, error=error)
+            case ev.TellProgress(lease, request, info):
+                self.control.tell(lease, "PROGRESS", request, info=info)
+            case ev.Exit():
+                self._leave()
+
+    def _tell_ready(self, lease: str, request: int, instance: str) -> None:
+        live = self.supervisor.live[instance]
+        pid = live.process.pid if live.process else None
+        model = self.machine.instances[instance].spec.model
+        self.control.tell(lease, "READY", request, model=model, instance=instance, pid=pid, engine=live.engine)
+
+    def _leave(self) -> None:
+        """Leaves, if nobody stands at the door.  No await from the look at the door to the end (lifecycle.md, idle exit)."""
+        doors = [s for s in (self.born.listener, self.born.tcp, self._http) if s is not None and s.fileno() >= 0]
+        poll = select.poll()
+        for door in doors:
+            poll.register(door, select.POLLIN)
+        if poll.poll(0):
+            self.post(ev.ExitVetoed())
+            return
+        self.born.listener.close()
+        log.info("nobody needs us: leaving")
+        logging.shutdown()
+        os._exit(0)  # a voluntary exit looks like SIGKILL to everybody: no clean-up, no race
+
+    # What the control server asks -----------------------------------------------------------------------------
+    def welcome(self) -> dict[str, object]:
+        return self._welcome
+
+    def is_deposed(self) -> bool:
+        """Whether the runtime folder is no longer ours: then we serve who is here and let nobody in."""
+        if self.is_ghost:
+            return True
+        try:
+            return not os.path.samestat(os.stat(self.born.runtime_dir, follow_symlinks=False), os.fstat(self.born.life_fd))
+        except OSError:
+            return True
+
+    def retire(self) -> None:
+        """A newer client wants a newer daemon: leave at once, or serve the last leases as a ghost (docs/adr/0002)."""
+        if self.machine.leases.holders and not self.is_ghost:
+            self.is_ghost = True
+            self.control.close()
+            self.born.listener.close()
+            fcntl.flock(self.born.life_fd, fcntl.LOCK_UN)
+            log.info("retired: serving the last %d leases", len(self.machine.leases.holders))
+        self.post(ev.Retire())
+
+    def ensure(self, lease: str, request: int, message: Mapping[str, Any]) -> None:
+        """A client wants a model; it is answered by READY or ERROR."""
+
+        def want() -> None:
+            keep_alive = message.get("keep_alive")
+            try:
+                wish = Wish.of(**dict(message.get("wish") or {"model": ""}))
+                if keep_alive is not None and not (isinstance(keep_alive, (int, float)) and 0 <= keep_alive <= 1e9):
+                    raise errors.UsageError(f"keep_alive must be seconds, 0 or more, not {keep_alive!r}", code="bad_spec")
+                spec = self.supervisor.resolve(wish)
+            except errors.LlmDaemonError as e:
+                self.control.tell(lease, "ERROR", request, error=e.to_wire())
+            except TypeError:
+                bad = errors.UsageError("a wish needs a model and known options", code="bad_spec")
+                self.control.tell(lease, "ERROR", request, error=bad.to_wire())
+            else:
+                if lease in self.control.connections:
+                    self.post(ev.Want(lease, request, spec, keep_alive))
+
+        self._when_ready(f"{lease}/{request}", want)
+
+    def _when_ready(self, name: str, act: Any) -> None:
+        """Calls `act` now, or as soon as the engines are located (the first tenth of a second of our life)."""
+        if self.supervisor.is_ready:
+            act()
+            return
+
+        async def later() -> None:
+            await self.supervisor.ready()
+            if self.asking.pop(name, None):
+                act()
+
+        self.asking[name] = asyncio.create_task(later())
+
+    async def call(self, method: str, params: Mapping[str, Any], say: Say) -> dict[str, object]:
+        """Answers a CALL of the control socket."""
+        await self.supervisor.ready()
+        if method == "status":
+            return status(self)
+        if method == "hold":
+            self.control.hold(int(params.get("pid") or 0))
+            return {}
+        if method == "stop":
+            return self._stop(params.get("model"), bool(params.get("force")))
+        if method == "pull":
+            spec = self.supervisor.catalog.resolve(Wish.of(**params["wish"]))
+            began = monotonic()
+            path = await fetch(spec.artifact, Path(paths.cache_dir()), lambda info: say("PROGRESS", info=info))
+            return {"path": str(path), "size": os.path.getsize(path), "seconds": monotonic() - began}
+        raise errors.RemoteProtocolError(
+            f"this daemon ({version()}) has no method {method!r}", hint="are client and daemon of one version?"
+        )
+
+    def _stop(self, model: str | None, force: bool) -> dict[str, object]:
+        instances = list(self.machine.instances.values())
+        if model:
+            artifact = self.supervisor.catalog.resolve(Wish.parse(model)).artifact
+            instances = [it for it in instances if it.spec.model == model or it.spec.artifact.key == artifact.key]
+        held = {lease for it in instances for lease in it.leases} if model else set(self.machine.leases.holders)
+        if held and not force:
+            raise errors.Unavailable(
+                f"{len(held)} client{'s use' if len(held) > 1 else ' uses'} {model or 'this daemon'}: "
+                + ", ".join(sorted({f"pid {self.control.holders[h].pid}" for h in held if h in self.control.holders})),
+                code="in_use", hint="end them, or use --force",
+            )  # fmt: skip
+        stopped = [it.spec.model for it in instances if it.has_process]
+        for it in instances:
+            self.post(ev.StopModel(it.id, force))
+        if not model:
+            if force:
+                self._drop_everybody()
+            self.post(ev.Retire())
+        return {"stopped": stopped, "daemon": not model}
+
+    def _drop_everybody(self) -> None:
+        """Ends every lease: to the clients it looks as if we had died, and their next use starts another daemon."""
+        for lease, holder in list(self.control.holders.items()):
+            if holder.kind == "hold":
+                del self.control.holders[lease]
+                self.post(ev.Left(lease))
+        for connection in list(self.control.connections.values()):
+            if connection.holds:
+                connection.transport.abort()
+
+    # What the gateway asks ------------------------------------------------------------------------------------
+    def open(self, ask: Ask, turn: Turn) -> None:
+        def arrive() -> None:
+            try:
+                spec = self._meant(ask.model)
+            except errors.LlmDaemonError as e:
+                turn.refuse(e)
+                return
+            self.turns[ask.ticket] = turn
+            self.post(ev.Arrived(ask.ticket, spec))
+
+        self._when_ready(ask.ticket, arrive)
+
+    def _meant(self, model: str | None) -> Spec:
+        """The spec of a request's `model` field: none named means the only loaded one, else the default."""
+        if not model:
+            loaded = [it for it in self.machine.instances.values() if it.has_process]
+            if len(loaded) == 1:
+                return loaded[0].spec
+            model = self.settings.default_model
+        return self.supervisor.resolve(Wish.parse(model))
+
+    def cancel(self, ticket: str) -> None:
+        if task := self.asking.pop(ticket, None):
+            task.cancel()
+        elif self.turns.pop(ticket, None) is not None:
+            self.post(ev.Ended(ticket))
+
+    def ended(self, ticket: str) -> None:
+        if self.turns.pop(ticket, None) is not None:
+            self.post(ev.Ended(ticket))
+
+    def models(self) -> list[dict[str, object]]:
+        """GET /v1/models: everything loaded, then everything in the catalog."""
+        loaded = {it.spec.model: it.state.value for it in self.machine.instances.values() if it.has_process}
+        names = [*loaded, *(e.name for e in self.supervisor.catalog.entries() if e.name not in loaded)]
+        return [
+            {"id": name, "object": "model", "created": 0, "owned_by": "llm-daemon", "state": loaded.get(name, "absent")}
+            for name in dict.fromkeys(names)
+        ]
+
+    def health(self) -> dict[str, object]:
+        return {"status": "ok", "version": version(), "pid": os.getpid()}
+
+    # Watching ourselves ---------------------------------------------------------------------------------------
+    def _beat(self) -> None:
+        self.beats += 1
+        if not self.machine.leases.retiring and self.is_deposed():
+            log.warning("the runtime folder is gone: leaving when the last lease ends")
+            self.post(ev.Retire())
+        if self.beats % TOUCH_EVERY == 0 and not self.is_deposed():
+            for name in (".", "sock", "start", "token", "http.sock"):
+                with suppress(OSError):
+                    os.utime(name)
+        asyncio.get_running_loop().call_later(BEAT, self._beat)
+
+
+def watch(daemon: Daemon) -> None:
+    """The watchdog thread: counts its own beats against the loop's, so that a stopped or sleeping machine freezes both."""
+    pause = threading.Event()
+    seen, missed = daemon.beats, 0
+    while True:
+        pause.wait(BEAT)
+        missed = missed + 1 if daemon.beats == seen else 0
+        seen = daemon.beats
+        if missed >= WEDGED:
+            faulthandler.dump_traceback(all_threads=True)
+            os._exit(70)
+
+
+def read_token() -> str:
+    """The bearer token of this runtime folder, made once; it outlives the daemon so that clients can go on."""
+    with suppress(FileNotFoundError):
+        if text := Path("token").read_text().strip():
+            return text
+    token = secrets.token_urlsafe(32)
+    fd = os.open("token.new", os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+    with os.fdopen(fd, "w") as f:
+        f.write(token + "\n")
+    os.rename("token.new", "token")
+    return token
+
+
+def publish_http(nonce: str) -> socket.socket:
+    """The gateway's unix socket, put in place by rename as the control socket is."""
+    s = socket.socket(socket.AF_UNIX)
+    s.bind("h." + nonce)
+    s.listen(1024)
+    os.rename("h." + nonce, "http.sock")
+    return s
+
+
+def version() -> str:
+    from importlib import metadata
+
+    try:
+        return metadata.version("llm-daemon")
+    except metadata.PackageNotFoundError:
+        return "0"
+
+
+def start_logging(folder: str) -> None:
+    """The daemon's log: rotated, best effort (a full disk loses lines, never the daemon)."""
+    target = RotatingLog(paths.daemon_log(folder))
+
+    class Handler(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            target.write((self.format(record) + "\n").encode(errors="replace"))
+
+    handler = Handler()
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    logging.basicConfig(level=logging.INFO, handlers=[handler])
+
+
+def serve(born: Born) -> None:
+    """The daemon's life after READY.  Never returns."""
+    start_logging(born.log_dir)
+    faulthandler.enable()
+    with suppress(ValueError, OSError):  # thousands of leases are as many open files
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    try:
+        if sys.platform == "win32":
+            raise ImportError
+        import uvloop
+
+        runner = asyncio.Runner(loop_factory=uvloop.new_event_loop)
+    except ImportError:
+        runner = asyncio.Runner()
+    try:
+        with runner:
+            runner.run(Daemon(born).run())
+    except BaseException:
+        log.exception("the daemon fell over")
+        logging.shutdown()
+        os._exit(70)

@@ -1,0 +1,313 @@
+"""Launcher and candidate: how one daemon is born, and only one (docs/adr/0002).
+
+Run as a script: `python -I -S boot.py VERDICT_FD`, never imported by clients.  The launcher forks and leaves at
+once; its child is the candidate: it takes LIFE (a lock on the runtime folder itself), binds, publishes the socket by
+rename and says READY; only then it imports what takes long.  Names are relative to the runtime folder, which is the
+working folder from the first step on: if somebody deletes it we fail, and never touch another daemon's.
+
+Verdicts, one line on the pipe: READY, ALREADY, `ERR {json}`.  They are hints: only a WELCOME means "the daemon is up".
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import socket
+import sys
+import time
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from typing import NoReturn
+
+    from llm_daemon.config import Settings
+
+ELECTION = 10.0  # seconds a candidate waits for a holder of LIFE that neither answers nor goes
+PING_WAIT = 1.0
+RETRIES = 5  # folder deleted under us while we begin
+
+
+class Born:
+    """What the candidate hands to the daemon: open fds and names; everything relative to the runtime folder."""
+
+    settings: Settings
+    log_dir: str
+    tcp: socket.socket
+
+    def __init__(self, runtime_dir: str, life_fd: int, generation: str, gen_fd: int, listener: socket.socket) -> None:
+        self.runtime_dir = runtime_dir
+        self.life_fd = life_fd
+        self.generation = generation
+        self.gen_fd = gen_fd
+        self.listener = listener
+        self.port_note = ""
+
+
+class Refused(Exception):
+    """Carries the wire form of an error for the ERR verdict."""
+
+
+def refuse(kind: str, code: str, message: str, hint: str = "", **data: object) -> Refused:
+    return Refused({"kind": kind, "code": code, "message": message, "hint": hint, "data": data})
+
+
+def open_runtime(path: str) -> int:
+    """Makes and opens the runtime folder; returns its fd.  Refuses what is not ours alone."""
+    try:
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        try:
+            os.mkdir(path, 0o700)
+        except FileExistsError:
+            pass
+        fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    except OSError as e:
+        raise refuse(
+            "UsageError", "runtime_dir", f"cannot use the runtime folder {path}: {e.strerror}",
+            "set LLM_DAEMON_RUNTIME_DIR to a folder of yours on a local disk",
+        ) from None  # fmt: skip
+    st = os.fstat(fd)
+    if st.st_uid != os.geteuid():
+        raise refuse(
+            "UsageError", "runtime_dir", f"the runtime folder {path} belongs to user id {st.st_uid}, not to you ({os.geteuid()})",
+            "set LLM_DAEMON_RUNTIME_DIR to a folder of yours",
+        )  # fmt: skip
+    if st.st_mode & 0o077:
+        os.fchmod(fd, 0o700)
+    if (kind := network_filesystem(path)) is not None:
+        raise refuse(
+            "UsageError", "runtime_dir", f"the runtime folder {path} is on {kind}, where locks and sockets are not safe",
+            "set LLM_DAEMON_RUNTIME_DIR to a folder on a local disk",
+        )  # fmt: skip
+    return fd
+
+
+def network_filesystem(path: str) -> str | None:
+    """The type of the file system under `path` if locks there cannot be trusted, else None (Linux only)."""
+    try:
+        with open("/proc/self/mounts") as f:
+            mounts = [line.split()[1:3] for line in f]
+    except OSError:
+        return None
+    real = os.path.realpath(path)
+    under = [(len(at), kind) for at, kind in mounts if real == at or real.startswith(at.rstrip("/") + "/")]
+    kind = max(under, default=(0, ""))[1]
+    return kind if kind in ("nfs", "nfs4", "9p", "cifs", "smb3") or kind.startswith("fuse") else None
+
+
+def serving(timeout: float) -> bool:
+    """Whether somebody answers PING on the published socket."""
+    s = socket.socket(socket.AF_UNIX)
+    try:
+        s.settimeout(timeout)
+        s.connect("sock")
+        s.sendall(b'{"op":"PING"}\n')
+        return b"PONG" in s.recv(4096)
+    except OSError:
+        return False
+    finally:
+        s.close()
+
+
+def elect(path: str) -> int | None:
+    """Takes LIFE: returns its fd, with the folder as working folder; None when another daemon serves."""
+    deadline = time.monotonic() + ELECTION
+    fd = open_runtime(path)
+    os.fchdir(fd)
+    while True:
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as e:
+            if e.errno not in (errno.EAGAIN, errno.EACCES):
+                raise
+            if serving(PING_WAIT):
+                return None
+            # The holder is leaving, or stopped.  Never go away here: the client that sent us would find nobody.
+            if time.monotonic() > deadline:
+                raise refuse(
+                    "Unavailable", "life_held", "another daemon holds the runtime folder but does not answer",
+                    f"see what holds {path} (lsof, fuser), or wait and try again",
+                ) from None  # fmt: skip
+            time.sleep(0.0005 + 0.002 * int.from_bytes(os.urandom(1)) / 255)
+            continue
+        try:
+            here = os.stat(path, follow_symlinks=False)
+            if os.path.samestat(here, os.fstat(fd)):
+                return fd
+        except FileNotFoundError:
+            pass
+        os.close(fd)  # the folder was replaced: ours is a ghost's
+        fd = open_runtime(path)
+        os.fchdir(fd)
+
+
+def publish(life_fd: int, path: str) -> tuple[Born, str]:
+    """Binds and renames; from here on clients queue in the backlog.  FileNotFoundError: the folder was deleted."""
+    nonce = os.urandom(8).hex()
+    os.mkdir("g-" + nonce, 0o700)
+    gen_fd = os.open("g-" + nonce, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    fcntl.flock(gen_fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    listener = socket.socket(socket.AF_UNIX)
+    listener.bind("s." + nonce)
+    listener.listen(1024)
+    return Born(path, life_fd, nonce, gen_fd, listener), "s." + nonce
+
+
+def bind_tcp(born: Born) -> None:
+    """Binds the gateway's port: the asked one or an error, else 28282 or the next free one."""
+    from llm_daemon.config import DEFAULT_PORT
+
+    settings = born.settings
+    host = "127.0.0.1" if settings.host == "localhost" else settings.host
+    ports = [settings.port] if settings.port else [*range(DEFAULT_PORT, DEFAULT_PORT + 100), 0]
+    for port in ports:
+        s = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
+        s.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # past connections in TIME_WAIT must not cost us the port
+        try:
+            s.bind((host, port))
+            s.listen(1024)
+        except OSError as e:
+            s.close()
+            if not settings.port and e.errno in (errno.EADDRINUSE, errno.EACCES):
+                continue
+            from llm_daemon.daemon.identity import port_holder
+
+            why = f"is taken by {port_holder(port)}" if e.errno == errno.EADDRINUSE else f"cannot be used: {e.strerror}"
+            raise refuse(
+                "Unavailable", "port_taken", f"port {port} on {host} {why}",
+                f"end that process, or choose another port (it was set by {settings.origin('port')})", port=port,
+            ) from None  # fmt: skip
+        born.tcp = s
+        if not settings.port and s.getsockname()[1] != DEFAULT_PORT:
+            from llm_daemon.daemon.identity import port_holder
+
+            born.port_note = f"port {DEFAULT_PORT} is taken by {port_holder(DEFAULT_PORT)}"
+        return
+
+
+def candidate(path: str, verdict: Callable[[bytes], None]) -> Born | None:
+    """Everything up to READY.  Returns Born, or None when another daemon serves."""
+    for attempt in range(RETRIES):
+        life_fd = elect(path)
+        if life_fd is None:
+            verdict(b"ALREADY")
+            return None
+        try:
+            born, name = publish(life_fd, path)
+            prepare(born)
+            os.rename(name, "sock")
+        except FileNotFoundError:
+            os.close(life_fd)
+            if attempt == RETRIES - 1:
+                raise
+            continue
+        verdict(b"READY")
+        return born
+    raise AssertionError
+
+
+def prepare(born: Born) -> None:
+    """Settings and the gateway's port, before anybody is told that we are up: errors here travel by the pipe."""
+    import site
+
+    here = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+    site.main()  # -S kept the launcher quick; dependencies and editable installs are found from here on
+    if here not in sys.path:
+        site.addsitedir(here)  # installed for the user alone, or run from a source tree
+    from llm_daemon import errors
+    from llm_daemon.config import Settings
+
+    try:
+        born.settings = Settings.load()
+    except errors.LlmDaemonError as e:
+        raise Refused(e.to_wire()) from None
+    open_log(born)
+    bind_tcp(born)
+
+
+def open_log(born: Born) -> None:
+    """Stdout and stderr into the first log folder that can be written: whatever goes wrong later leaves its words there."""
+    from llm_daemon import paths
+
+    for folder in paths.log_dirs():
+        try:
+            os.makedirs(folder, exist_ok=True)
+            fd = os.open(paths.daemon_log(folder), os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
+        except OSError:
+            continue
+        os.dup2(fd, 1)
+        os.dup2(fd, 2)
+        os.close(fd)
+        break
+    born.log_dir = folder
+
+
+def main() -> None:
+    verdict_fd = int(sys.argv[1])
+    os.set_inheritable(verdict_fd, False)
+    os.umask(0o077)
+    # Whoever started us reaps the launcher at once; the candidate belongs to init and to no terminal.
+    if os.fork():
+        os._exit(0)
+
+    said: list[bytes] = []
+
+    def verdict(line: bytes) -> None:
+        if not said:
+            said.append(line)
+            try:
+                os.write(verdict_fd, line + b"\n")
+            except OSError:
+                pass  # the client is gone; somebody else will come
+            os.close(verdict_fd)
+
+    def fail(wire: dict[str, object]) -> NoReturn:
+        import json
+
+        verdict(b"ERR " + json.dumps(wire).encode()[:60000])
+        os._exit(1)
+
+    try:
+        # Last, not first: a backport in site-packages must not stand before the standard library.
+        sys.path.append(os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__)))))
+        from llm_daemon.paths import runtime_dir
+
+        born = candidate(runtime_dir(), verdict)
+    except Refused as e:
+        fail(e.args[0])
+    except OSError as e:
+        full = e.errno in (errno.ENOSPC, errno.EDQUOT, errno.EMFILE, errno.ENFILE, errno.EROFS)
+        where = f" ({e.filename})" if e.filename else ""
+        fail({
+            "kind": "Unavailable" if full else "Bug", "code": "daemon_start",
+            "message": f"the daemon cannot start in {os.getcwd() if not full else runtime_dir()}: {e.strerror}{where}",
+            "hint": "free some space or files, or set LLM_DAEMON_RUNTIME_DIR" if full else "please report this",
+        })  # fmt: skip
+    except BaseException:
+        import traceback
+
+        fail(
+            {
+                "kind": "Bug",
+                "code": "daemon_start",
+                "message": "the daemon failed to start",
+                "data": {"last_words": traceback.format_exc()},
+            }
+        )
+    if born is None:
+        os._exit(0)
+    try:
+        from llm_daemon.daemon.app import serve
+
+        serve(born)
+    except BaseException:
+        import traceback
+
+        traceback.print_exc()
+    finally:
+        os._exit(70)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,348 @@
+"""HTTP/1.1 messages without IO: bytes in, requests or response parts out.
+
+Both readers sit on llhttp (httptools) in its strict mode, which refuses what makes two parsers disagree: content-length
+beside transfer-encoding, two content-lengths, folded headers, bare line feeds, odd chunk sizes (RFC 9112, section 11.2).
+What llhttp does not bound - heads, trailers, chunk extensions - is bounded here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from http import HTTPStatus
+
+import httptools
+
+from ..errors import LlmDaemonError, RemoteProtocolError, UsageError
+
+HEAD_LIMIT = 64 * 1024
+URL_LIMIT = 8 * 1024
+PHRASES = {status.value: status.phrase.encode() for status in HTTPStatus}
+
+# Hop-by-hop (RFC 9110, section 7.6.1), written anew by us, or said by an engine about itself where we are the server.
+_DROPPED = frozenset(
+    b"connection keep-alive proxy-connection proxy-authenticate proxy-authorization te trailer transfer-encoding upgrade "
+    b"content-length server set-cookie server-timing x-llm-ticket x-llm-instance x-llm-replayed".split()
+)
+
+
+@dataclass(slots=True)
+class Request:
+    """One request.  `headers` has lower-case names; `repeated` names those that came more than once (the last one counts).
+
+    With an `error` it is only to be refused, and `body` was thrown away.  `keep_alive` is False for the last request
+    of a connection.
+    """
+
+    method: str = ""
+    target: str = ""
+    version: str = "1.1"
+    keep_alive: bool = True
+    headers: dict[bytes, bytes] = field(default_factory=dict)
+    repeated: set[bytes] = field(default_factory=set)
+    body: bytes = b""
+    error: LlmDaemonError | None = None
+
+    @property
+    def path(self) -> str:
+        """The target without its query."""
+        return self.target.partition("?")[0]
+
+
+class RequestReader:
+    """Bytes of one client connection in, requests out.
+
+    `judge` sees each request once its head is known; the error it returns is kept in the request, whose body is then
+    not stored.  It must not raise.  `expecting` is True while a client waits for `100 Continue`.  After `failed` (the
+    connection cannot be understood or trusted any further) and after a last request, all further bytes are ignored.
+    """
+
+    def __init__(self, judge: Callable[[Request], LlmDaemonError | None], *, body_limit: int) -> None:
+        self._judge, self._body_limit = judge, body_limit
+        self._parser = httptools.HttpRequestParser(self)
+        self._request: Request | None = None
+        self._url = b""
+        self._body: list[bytes] = []
+        self._size = self._head = 0
+        # Bytes since the parser last gave us something: bounds what it holds back itself, with one read of leeway.
+        self._unfruitful = 0
+        self._in_head = self._upgrade = self._resuming = False
+        self._ready: list[Request] = []
+        self.expecting = self.done = self.failed = False
+
+    def feed(self, data: bytes) -> list[Request]:
+        """The requests that these bytes complete, in order."""
+        if self.done:
+            return []
+        self._unfruitful += len(data)
+        while data:
+            try:
+                self._parser.feed_data(data)
+            except httptools.HttpParserUpgrade as upgrade:
+                data = data[upgrade.args[0] :]
+                self._resume()
+                if not self.done:
+                    continue
+            except httptools.HttpParserError as e:
+                self._fail(400, f"malformed HTTP request: {e}")
+            break
+        if self._unfruitful > HEAD_LIMIT:
+            self._fail(431, f"request head larger than {HEAD_LIMIT} bytes")
+        ready, self._ready = self._ready, []
+        return ready
+
+    def stop(self) -> None:
+        """Forgets the unfinished request and ignores all further bytes."""
+        self.done, self.expecting, self._request, self._body = True, False, None, []
+
+    def _resume(self) -> None:
+        """Goes on after a head that offered an upgrade, which a server may ignore (RFC 9110, section 7.8).
+
+        Java's HTTP client offers h2c with its first request, a POST too; llhttp then takes the body for another
+        protocol's bytes.  So a fresh parser is told the framing again and reads the body.
+        """
+        if self.done or self._request is None:
+            return
+        told = (b"transfer-encoding", b"content-length", b"connection")
+        again = [b"%b: %b\r\n" % (name, self._request.headers[name]) for name in told if name in self._request.headers]
+        self._parser, self._resuming = httptools.HttpRequestParser(self), True
+        self._parser.feed_data(b"POST / HTTP/1.1\r\n%b\r\n" % b"".join(again))
+        self._resuming = False
+
+    def _fail(self, status: int, message: str) -> None:
+        if self.done:
+            return
+        request = self._request or Request()
+        self.failed, request.error = True, UsageError(message, code="bad_request", status=status)
+        self._finish(request, keep_alive=False)
+
+    def _finish(self, request: Request, keep_alive: bool) -> None:
+        request.keep_alive = keep_alive
+        request.body = self._body[0] if len(self._body) == 1 else b"".join(self._body)
+        self._ready.append(request)
+        self._request, self._body, self.expecting = None, [], False
+        self.done = self.done or not keep_alive
+
+    # -- called by httptools
+
+    def on_message_begin(self) -> None:
+        if not (self.done or self._resuming):
+            self._request, self._url, self._size, self._head, self._in_head = Request(), b"", 0, 0, True
+
+    def on_url(self, url: bytes) -> None:
+        if self.done or self._resuming:
+            return
+        self._url += url
+        if len(self._url) > URL_LIMIT:
+            self._fail(414, f"URL longer than {URL_LIMIT} bytes")
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        request = self._request
+        if not self._in_head or request is None:  # a trailer: nothing in it is of use to us
+            return
+        name = name.lower()
+        self._head += len(name) + len(value) + 4
+        if name in request.headers:
+            request.repeated.add(name)
+        request.headers[name] = value.strip()
+
+    def on_headers_complete(self) -> None:
+        self._unfruitful = 0
+        request = self._request
+        if self.done or self._resuming or request is None:
+            return
+        self._in_head, self._upgrade = False, self._parser.should_upgrade()
+        request.method = self._parser.get_method().decode("ascii")
+        request.version = self._parser.get_http_version()
+        request.target = self._url.decode("latin-1")
+        headers = request.headers
+        coding = headers.get(b"transfer-encoding")
+        if request.version not in ("1.1", "1.0"):
+            return self._fail(505, f"HTTP/{request.version} is not spoken here")
+        if self._head + len(self._url) > HEAD_LIMIT:
+            return self._fail(431, f"request head larger than {HEAD_LIMIT} bytes")
+        if not request.target.startswith("/"):
+            return self._fail(400, "the request target must be a path")
+        if coding is not None and (coding.lower() != b"chunked" or request.version == "1.0"):
+            return self._fail(400, "only transfer-encoding chunked of HTTP/1.1 is understood")
+        if int(headers.get(b"content-length") or 0) > self._body_limit:
+            return self._fail(413, f"request body larger than {self._body_limit} bytes")
+        request.error = self._judge(request)
+        if headers.get(b"expect", b"").lower() == b"100-continue" and request.version == "1.1":
+            if request.error is None:
+                self.expecting = True
+            else:  # the client waits with its body; whether it will still send it is unknown, so nothing can follow
+                self.failed = True
+                self._finish(request, keep_alive=False)
+
+    def on_body(self, piece: bytes) -> None:
+        self._unfruitful, self.expecting = 0, False
+        request = self._request
+        if request is None:
+            return
+        self._size += len(piece)
+        if self._size > self._body_limit:
+            self._body = []
+            self._fail(413, f"request body larger than {self._body_limit} bytes")
+        elif request.error is None:
+            self._body.append(piece)
+
+    def on_message_complete(self) -> None:
+        self._unfruitful = 0
+        request = self._request
+        if request is None or self.done or self._resuming:
+            return
+        if self._upgrade:  # llhttp reports the end of the head as the end of the message; see _resume
+            self._upgrade = False
+            if b"transfer-encoding" in request.headers or int(request.headers.get(b"content-length") or 0):
+                return
+        self._finish(request, keep_alive=self._parser.should_keep_alive())
+
+
+@dataclass(slots=True)
+class Head:
+    """The head of an engine's answer: `lines` are its end-to-end headers, ready to be written.
+
+    `length` is the content-length as sent, None if there is none; with neither `length` nor `chunked` the body ends
+    with the connection (`until_close`), unless the status allows none.
+    """
+
+    status: int
+    reason: bytes
+    lines: list[bytes]
+    length: bytes | None
+    chunked: bool
+    content_type: bytes
+
+    @property
+    def until_close(self) -> bool:
+        return not (self.chunked or self.length is not None or self.status in (204, 304))
+
+
+class ResponseReader:
+    """Bytes of one engine connection in, answers out; interim (1xx) answers are swallowed.
+
+    One reader reads answer after answer: `reset` before each request.  After a complete answer `reusable` tells
+    whether the connection may carry another one.
+    """
+
+    def __init__(self) -> None:
+        self._parser = httptools.HttpResponseParser(self)
+        self._unfruitful = 0
+        self.reset()
+
+    def reset(self) -> None:
+        self._reason = b""
+        self._headers: list[tuple[bytes, bytes]] = []
+        self._connection = self._content_type = b""
+        self._length: bytes | None = None
+        self._coding: bytes | None = None
+        self._broken = ""
+        self._size = 0
+        self._new_head: Head | None = None
+        self._body: list[bytes] = []
+        self._interim = self._complete = False
+        self.head: Head | None = None
+        self.reusable = False
+
+    def feed(self, data: bytes) -> tuple[Head | None, list[bytes], bool]:
+        """(head if these bytes complete it, pieces of body without their framing, whether the answer is complete).
+
+        Raises RemoteProtocolError when this is not an answer that can be relayed.
+        """
+        self._unfruitful += len(data)
+        try:
+            self._parser.feed_data(data)
+        except (httptools.HttpParserError, httptools.HttpParserUpgrade) as e:
+            if not self._complete:  # what follows a complete answer only costs the connection
+                raise RemoteProtocolError(f"malformed HTTP answer: {e}") from None
+            self.reusable = False
+        if self._broken:
+            raise RemoteProtocolError(self._broken)
+        if self._unfruitful > HEAD_LIMIT:
+            raise RemoteProtocolError(f"answer head larger than {HEAD_LIMIT} bytes")
+        head, self._new_head = self._new_head, None
+        body, self._body = self._body, []
+        return head, body, self._complete
+
+    # -- called by httptools
+
+    def on_message_begin(self) -> None:
+        if self._complete:
+            self.reusable = False  # more than was asked for
+
+    def on_status(self, reason: bytes) -> None:
+        if not self._complete:
+            self._reason += reason
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        if self._complete or self.head is not None:
+            return
+        low = name.lower()
+        self._size += len(name) + len(value) + 4
+        if low == b"content-length":
+            self._length = value.strip()
+        elif low == b"transfer-encoding":
+            self._coding = value if self._coding is None else self._coding + b"," + value
+        elif low == b"connection":
+            self._connection += b"," + value
+        elif low not in _DROPPED and not low.startswith(b"access-control-"):
+            if low == b"content-type":
+                self._content_type = value.lower()
+            self._headers.append((low, b"%b: %b\r\n" % (name, value)))
+
+    def on_headers_complete(self) -> None:
+        self._unfruitful = 0
+        if self._complete:
+            return
+        status = self._parser.get_status_code()
+        if status < 200:
+            self._interim = True
+            self._reason = self._connection = self._content_type = b""
+            self._headers, self._length, self._coding = [], None, None
+            if status == 101:
+                self._broken = "the engine switched protocols"
+            return
+        coding = None if self._coding is None else self._coding.strip().lower()
+        if coding not in (None, b"chunked"):
+            self._broken = "transfer-encoding other than chunked"
+        elif self._size > HEAD_LIMIT:
+            self._broken = f"answer head larger than {HEAD_LIMIT} bytes"
+        bodyless = status in (204, 304)
+        named = {token.strip().lower() for token in self._connection.split(b",")}
+        lines = [line for low, line in self._headers if low not in named]
+        self.head = self._new_head = Head(
+            status,
+            self._reason or PHRASES.get(status, b""),
+            lines,
+            None if bodyless else self._length,
+            coding is not None and not bodyless,
+            self._content_type,
+        )
+
+    def on_body(self, piece: bytes) -> None:
+        self._unfruitful = 0
+        if not self._complete:
+            self._body.append(piece)
+
+    def on_message_complete(self) -> None:
+        self._unfruitful = 0
+        if self._interim:
+            self._interim = False
+        elif not self._complete:
+            self._complete, self.reusable = True, self._parser.should_keep_alive()
+
+
+def request_bytes(path: str, headers: Iterable[tuple[bytes, bytes]], body: bytes) -> bytes:
+    """A POST to an engine.  The head is ours from the first to the last byte; `headers` come from an allow-list."""
+    lines = b"".join([b"%b: %b\r\n" % pair for pair in headers])
+    return b"POST %b HTTP/1.1\r\nHost: localhost\r\n%bContent-Length: %d\r\n\r\n%b" % (path.encode(), lines, len(body), body)
+
+
+def chunk(piece: bytes) -> bytes:
+    """One chunk of a chunked body.
+
+    >>> chunk(b"hello, chunks")
+    b'd\\r\\nhello, chunks\\r\\n'
+    """
+    return b"%x\r\n%b\r\n" % (len(piece), piece)

@@ -1,0 +1,197 @@
+"""When is an engine ready, and is it ours who answers?"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import socket
+import sys
+import time
+from collections.abc import Callable
+
+from ..engines.base import ADDRESS, BAD_MODEL, CRASHED, OUT_OF_MEMORY, Adapter, Plan
+from ..errors import EngineError, EngineTimeout, LlmDaemonError, UsageError
+from .identity import peer
+from .process import EngineProcess
+
+# Fast while a small model loads (readiness noticed within 25 ms), then slower up to `LAZY`: each probe costs the engine a little.
+EAGER, LAZY, EAGER_FOR = 0.020, 0.250, 10.0
+# One probe may hang, e.g. in an engine that accepts before it loads.
+PATIENCE = 2.0
+_TICK = os.sysconf("SC_CLK_TCK")
+
+
+async def wait_ready(process: EngineProcess, plan: Plan, adapter: Adapter, on_state: Callable[[str], None] | None = None) -> None:
+    """Returns when the engine answers its probe on its own socket, and the one who answers is in the keeper's tree.
+
+    `on_state` hears `starting`, `loading` (it answers, but not yet), `ready`, each when it begins.  There is no total
+    deadline: a load may take an hour, but not `plan.stall` seconds without a byte of log, a change of state, CPU time or
+    disk reads; then EngineTimeout.  EngineError if it ended (at once) or somebody else answers; UsageError (`bad_model`) if
+    it ended because of the model file.  After an error the process may still run: stop it.
+    """
+    polling = asyncio.ensure_future(_poll(process, plan, on_state or (lambda state: None)))
+    ending = asyncio.ensure_future(process.wait())
+    try:
+        await asyncio.wait({polling, ending}, return_when=asyncio.FIRST_COMPLETED)
+        if ending.done() and not (polling.done() and polling.exception()):
+            raise failure(process, adapter)
+        polling.result()
+    except _Stalled as stalled:
+        raise EngineTimeout(
+            f"{process.name} made no progress for {plan.stall:g} s while loading ({stalled})",
+            hint="look at its log; a very slow disk or device may need a longer wait", **_details(process),
+        ) from None  # fmt: skip
+    except _Stranger as stranger:
+        raise EngineError(
+            f"{stranger} answers in place of {process.name}", code=ADDRESS,
+            hint="nobody but the engine should be in its private folder: end that process", **_details(process),
+        ) from None  # fmt: skip
+    finally:
+        polling.cancel()
+        ending.cancel()
+        await asyncio.gather(polling, ending, return_exceptions=True)
+
+
+def failure(process: EngineProcess, adapter: Adapter) -> LlmDaemonError:
+    """The error for an engine that ended by itself, in its own words."""
+    exit = process.exit
+    status = None if exit is None else exit.status if exit.signal is None else -exit.signal
+    kind, line = adapter.diagnose(status, process.last_words())
+    details = _details(process)
+    if kind == BAD_MODEL:
+        return UsageError(f"{process.name} cannot load this model: {line}", code=BAD_MODEL, hint="is the file complete, and made for this engine?", **details)  # fmt: skip
+    hint = {OUT_OF_MEMORY: "try a smaller context or quantization, or stop another model"}.get(kind, "see its log for more")
+    code = "engine_start_failed" if kind == CRASHED else kind
+    return EngineError(f"{process.name} did not start ({exit}): {line}", code=code, hint=hint, **details)
+
+
+def _details(process: EngineProcess) -> dict[str, object]:
+    exit = process.exit
+    return {
+        "last_words": process.last_words(),
+        "log": process.log.path,
+        "exit": None if exit is None else {"status": exit.status, "signal": exit.signal},
+    }
+
+
+class _Stalled(Exception):
+    pass
+
+
+class _Stranger(Exception):
+    pass
+
+
+async def _poll(process: EngineProcess, plan: Plan, on_state: Callable[[str], None]) -> None:
+    progress = _Progress(process, plan.stall)
+    state, began, pause = "starting", time.monotonic(), EAGER
+    on_state(state)
+    reason = "it does not listen"
+    while True:
+        try:
+            status = await asyncio.wait_for(_ask(process, plan.probe.path), min(PATIENCE, plan.stall))
+        except TimeoutError:
+            reason = "it accepted a connection but does not answer"
+        except OSError:
+            pass  # not yet there; or it hung up, which is no different
+        else:
+            if status in plan.probe.ready:
+                on_state("ready")
+                return
+            reason = f"{plan.probe.path} answers {status}"
+            if state != "loading":
+                state = "loading"
+                on_state(state)
+                progress.mark()
+        if progress.stalled():
+            raise _Stalled(reason)
+        if time.monotonic() - began > EAGER_FOR:
+            pause = min(LAZY, pause * 1.2)
+        await asyncio.sleep(pause)
+
+
+async def _ask(process: EngineProcess, path: str) -> int:
+    """The status of one GET on a connection of its own.  OSError if there is no answer."""
+    loop = asyncio.get_running_loop()
+    with socket.socket(socket.AF_UNIX) as sock:
+        sock.setblocking(False)
+        # Not loop.sock_connect: it takes EAGAIN of a full backlog for "in progress".  On a unix socket connect is immediate.
+        sock.connect(process.socket)
+        _must_be_ours(sock, process)
+        await loop.sock_sendall(sock, f"GET {path} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n".encode())
+        head = b""
+        while b"\r\n" not in head:
+            data = await loop.sock_recv(sock, 4096)
+            if not data:
+                raise ConnectionResetError("closed without an answer")
+            head += data
+    words = head.split(None, 2)
+    if len(words) < 2 or not words[0].startswith(b"HTTP/") or not words[1].isdigit():
+        raise ConnectionError("not HTTP")
+    return int(words[1])
+
+
+def _must_be_ours(sock: socket.socket, process: EngineProcess) -> None:
+    """SO_PEERCRED names who called listen(): it must be the engine or a process below the keeper."""
+    pid, uid = peer(sock)
+    if sys.platform != "linux" or pid == process.pid:
+        return  # without pid and /proc, the folder's being fresh and 0700 must do
+    at = pid
+    for _ in range(64):
+        if at == process.keeper_pid:
+            return
+        at = _stat(at)[1] if at > 1 else 0
+        if not at:
+            break
+    raise _Stranger(f"process {pid} of user {uid}")
+
+
+def _stat(pid: int) -> list[int]:
+    """/proc/PID/stat from the parent's pid on, at the indexes 1, 2, ...; zeros if it is gone."""
+    try:
+        with open(f"/proc/{pid}/stat", "rb") as f:
+            return [0, *map(int, f.read().rpartition(b")")[2].split()[1:])]
+    except OSError:
+        return [0] * 50
+
+
+class _Progress:
+    """Whether anything moves: log, state, disk, or CPU time beyond what answering our own probes costs."""
+
+    def __init__(self, process: EngineProcess, stall: float) -> None:
+        self.process, self.stall = process, stall
+        self.step = min(5.0, stall / 4)
+        self.last = self.looked = time.monotonic()
+        self.work = self._work()
+
+    def mark(self) -> None:
+        self.last = time.monotonic()
+
+    def stalled(self) -> bool:
+        now = time.monotonic()
+        self.last = max(self.last, self.process.last_activity)
+        if now - self.looked >= self.step:
+            cpu, disk = self._work()
+            if disk != self.work[1] or cpu - self.work[0] >= max(0.03, 0.05 * (now - self.looked)):
+                self.last = now
+            self.work, self.looked = (cpu, disk), now
+        return now - self.last >= self.stall
+
+    def _work(self) -> tuple[float, int]:
+        """CPU seconds, and page faults plus bytes read from disk, of the keeper's whole tree."""
+        cpu, disk = 0.0, 0
+        todo = [self.process.pid]
+        while todo:
+            pid = todo.pop()
+            stat = _stat(pid)
+            cpu += (stat[11] + stat[12]) / _TICK  # utime, stime
+            disk += stat[9]  # majflt
+            try:
+                with open(f"/proc/{pid}/io") as f:
+                    disk += next((int(line.split()[1]) for line in f if line.startswith("read_bytes")), 0)
+                for task in os.listdir(f"/proc/{pid}/task"):
+                    with open(f"/proc/{pid}/task/{task}/children") as f:
+                        todo += map(int, f.read().split())
+            except OSError:
+                pass  # it ended, or there is no /proc: the log and the state must do
+        return cpu, disk

@@ -1,0 +1,56 @@
+"""Inbox -> core.handle(event, now) -> commands.  The only writer of the core's state."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import Callable
+from time import monotonic
+
+from ..core.events import Command, Event, Tick
+from ..core.machine import Machine
+
+
+class Pump:
+    """Feeds the machine on the event loop's thread and carries its commands out with `do`.
+
+    `post` handles the event before it returns, unless it is called from inside `do`: then the event waits its
+    turn, so that commands of one event are never mixed with those of another.
+    """
+
+    def __init__(self, machine: Machine, do: Callable[[Command], None], now: Callable[[], float] = monotonic) -> None:
+        self.machine = machine
+        self._do = do
+        self._now = now
+        self._inbox: deque[Event] = deque()
+        self._busy = False
+        self._timer: asyncio.TimerHandle | None = None
+        self._timer_at: float | None = None
+
+    def post(self, event: Event) -> None:
+        """Not thread-safe: call it on the loop's thread."""
+        self._inbox.append(event)
+        if self._busy:
+            return
+        self._busy = True
+        try:
+            while self._inbox:
+                for command in self.machine.handle(self._inbox.popleft(), self._now()):
+                    self._do(command)
+        finally:
+            self._busy = False
+        self._arm()
+
+    def _arm(self) -> None:
+        wake_at = self.machine.wake_at
+        if self._timer is not None and (wake_at is None or self._timer_at is None or wake_at < self._timer_at):
+            self._timer.cancel()
+            self._timer = None
+        if wake_at is not None and self._timer is None:
+            # A deadline that moved back leaves the old, earlier timer: its Tick is stale, harmless and rare.
+            self._timer_at = wake_at
+            self._timer = asyncio.get_running_loop().call_later(max(0.0, wake_at - self._now()), self._tick)
+
+    def _tick(self) -> None:
+        self._timer = None
+        self.post(Tick())

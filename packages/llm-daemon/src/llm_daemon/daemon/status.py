@@ -1,0 +1,83 @@
+"""What `ps`, `who` and the status routes show.  Reads only: never wakes a model nor prolongs its life."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import asdict
+from time import monotonic
+from typing import TYPE_CHECKING, Any
+
+from ..config import Settings
+from ..core.instance import Instance
+from . import identity
+
+if TYPE_CHECKING:
+    from .app import Daemon
+
+SHOWN = ("ttl", "leased_ttl", "linger", "port", "host", "auth", "queue_limit", "default_model", "context", "parallel", "threads")
+
+
+def status(daemon: Daemon) -> dict[str, Any]:
+    """One JSON object: `daemon`, `instances`, `leases`.  Times are seconds, sizes bytes; None where unknown or not due."""
+    now = monotonic()
+    machine = daemon.machine
+    return {
+        "daemon": {
+            **{k: v for k, v in daemon.welcome().items() if k != "api_key"},
+            "uptime": now - daemon.started,
+            "memory_bytes": identity.memory_bytes(os.getpid()),
+            "exit_in": None if machine.leases.exit_at is None else max(0.0, machine.leases.exit_at - now),
+            "leases": len(machine.leases.holders),
+            "settings": shown(daemon.settings),
+        },
+        "instances": [_instance(daemon, it, now) for it in machine.instances.values()],
+        "leases": [_lease(daemon, lease, now) for lease in daemon.control.holders],
+    }
+
+
+def shown(settings: Settings) -> dict[str, Any]:
+    return {k: v for k, v in asdict(settings).items() if k in SHOWN}
+
+
+def _instance(daemon: Daemon, it: Instance, now: float) -> dict[str, Any]:
+    live = daemon.supervisor.live.get(it.id)
+    process = live.process if live else None
+    closes_at = it.closes_at(daemon.settings.ttl, daemon.settings.leased_ttl)
+    return {
+        "id": it.id,
+        "model": it.spec.model,
+        "state": it.state.value,
+        "engine": live.engine if live else "",
+        "engine_version": live.version if live else "",
+        "pid": process.pid if process else None,
+        "keeper_pid": process.keeper_pid if process else None,
+        "memory_bytes": identity.memory_bytes(process.pid) if process else None,
+        "leases": sorted(it.leases),
+        "running": len(it.lane.running),
+        "waiting": len(it.lane.waiting),
+        "slots": it.lane.slots,
+        "context": live.context if live else None,
+        "idle": None if it.is_wanted else max(0.0, now - it.last_use),
+        "closes_in": None if closes_at is None else max(0.0, closes_at - now),
+        "argv": list(live.plan.argv) if live and live.plan else [],
+        "log": live.log_path if live else "",
+        "error": it.error,
+        "progress": live.progress if live and it.state.value == "starting" else None,
+        "starts": it.starts,
+    }
+
+
+def _lease(daemon: Daemon, lease: str, now: float) -> dict[str, Any]:
+    holder = daemon.control.holders[lease]
+    mine = [it for it in daemon.machine.instances.values() if lease in it.leases]
+    processes = [live.process for it in mine if (live := daemon.supervisor.live.get(it.id))]
+    return {
+        "id": lease,
+        "pid": holder.pid,
+        "program": identity.program(holder.pid),
+        "kind": holder.kind,
+        "since": now - holder.since,
+        "models": [it.spec.model for it in mine],
+        "instances": [it.id for it in mine],
+        "engine_pids": [p.pid for p in processes if p is not None],
+    }

@@ -1,0 +1,218 @@
+"""Starts, watches and stops instances: the hands of the core's Start and Halt."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import shutil
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from .. import errors, paths
+from ..config import Settings
+from ..core.events import Down, Event, Progressed, Up
+from ..engines.base import Grant, Plan, usable_cores
+from ..engines.registry import Registry
+from ..models.catalog import Catalog
+from ..models.fetch import fetch
+from ..models.gguf import read_header
+from ..spec import Spec, Wish
+from .logs import RotatingLog
+from .probe import wait_ready
+from .process import EngineProcess, Exit, scrubbed_env
+
+log = logging.getLogger("llm_daemon")
+SOCKET = "engine.sock"
+
+
+@dataclass(slots=True)
+class Live:
+    """What the shell knows of one instance's process, for routing and for `ps`."""
+
+    spec: Spec
+    engine: str = ""
+    version: str = ""
+    log_path: str = ""
+    context: int | None = None
+    plan: Plan | None = None
+    process: EngineProcess | None = None
+    progress: dict[str, Any] = field(default_factory=dict)
+    task: asyncio.Task[None] | None = None  # its start
+    stop: asyncio.Task[None] | None = None
+    log: RotatingLog | None = None
+    folder: str = ""
+    ending: bool = False  # a failed or abandoned start clears up: too late to cancel it
+
+
+class Supervisor:
+    """One for the daemon; used on the loop's thread only.  Reports Up, Down and Progressed through `post`."""
+
+    def __init__(
+        self, settings: Settings, runtime_dir: str, generation: str, log_dir: str, post: Callable[[Event], None]
+    ) -> None:
+        self.settings = settings
+        self.catalog = Catalog.load(settings.catalog)
+        self.live: dict[str, Live] = {}
+        self._runtime_dir = runtime_dir
+        self._generation = generation
+        self._log_dir = log_dir
+        self._post = post
+        self._locating: asyncio.Task[None] | None = None
+        self._starts = 0
+
+    # What is asked for ----------------------------------------------------------------------------------------
+    async def ready(self) -> None:
+        """Engines are located; done once, in a worker thread, for it may run `--version` of something."""
+        if self._locating is None:
+            self._locating = asyncio.create_task(asyncio.to_thread(self._locate))
+        await asyncio.shield(self._locating)
+
+    @property
+    def is_ready(self) -> bool:
+        return self._locating is not None and self._locating.done()
+
+    def _locate(self) -> None:
+        self.registry = Registry(self.settings.engines)
+        for name in self.registry.names:
+            self.registry.locate(name)
+
+    def resolve(self, wish: Wish) -> Spec:
+        """The spec of a wish, with its open options decided.  Call `ready` first.
+
+        Raises UsageError for an unknown model or engine, EngineError when no engine can run it here.
+        """
+        spec = self.catalog.resolve(wish)
+        wish = spec.wish
+        path = spec.artifact.locator if spec.artifact.source == "file" else None
+        adapter, _ = self.registry.choose(path, wish.engine or self.settings.default_engine)
+        if wish.args and (reason := adapter.refuse(wish.args)):
+            raise errors.UsageError(reason, code="bad_args")
+        full = replace(
+            wish,
+            engine=adapter.name,
+            context=wish.context or self.settings.context,
+            parallel=wish.parallel or self.settings.parallel,
+        )
+        return replace(spec, full=full)
+
+    # Start ----------------------------------------------------------------------------------------------------
+    def start(self, instance: str, spec: Spec) -> None:
+        """Begins to start an engine; Up or Down follows."""
+        live = self.live[instance] = Live(spec)
+        live.task = asyncio.create_task(self._start(instance, live))
+
+    async def _start(self, instance: str, live: Live) -> None:
+        error: errors.LlmDaemonError | None = None
+        try:
+            await self._bring_up(instance, live)
+        except asyncio.CancelledError:
+            pass  # Halt: nobody waits for this start any more
+        except errors.LlmDaemonError as e:
+            error = e
+        except Exception as e:
+            log.exception("start of %s failed", live.spec.model)
+            error = errors.Bug(f"starting {live.spec.model} failed: {e!r}", hint="please report this")
+        else:
+            assert live.plan is not None
+            log.info("%s is ready: %s, pid %s", instance, live.engine, live.process and live.process.pid)
+            self._post(Up(instance, live.plan.slots))
+            return
+        live.ending = True
+        process, live.process = live.process, None
+        if process is not None:
+            process.kill_now()
+            await process.wait()
+        if error is not None:
+            log.warning("%s did not start: %s", instance, error)
+            if live.log_path:
+                error.data.setdefault("log", live.log_path)
+        self._cleared(live)
+        self._post(Down(instance, error.to_wire() if error else None))
+
+    async def _bring_up(self, instance: str, live: Live) -> None:
+        def progress(info: Mapping[str, Any]) -> None:
+            live.progress = dict(info)
+            self._post(Progressed(instance, live.progress))
+
+        spec = live.spec
+        full = spec.full or spec.wish
+        path = await fetch(spec.artifact, Path(paths.cache_dir()), progress)
+        adapter, where = self.registry.choose(str(path), full.engine)
+        name = adapter.name
+        context = full.context or self.settings.context
+        if str(path).endswith(".gguf"):
+            header = await asyncio.to_thread(read_header, path)
+            if spec.wish.context is None and header.context_length:
+                context = min(context, header.context_length)
+        progress({"phase": "load", "message": f"{name} loads {spec.model}"})
+        grant = Grant(
+            model_path=str(path), alias=spec.model, socket=SOCKET, context=context, parallel=full.parallel or self.settings.parallel,
+            threads=self._threads(), gpu_layers=full.gpu_layers, args=full.args,
+        )  # fmt: skip
+        live.plan = adapter.plan(spec, where, grant)
+        user_env = {str(k): str(v) for k, v in self.settings.engines.get(name, {}).get("env", {}).items()}
+        live.engine, live.version, live.context = name, where.version, context
+        live.log_path = paths.engine_log(self._log_dir, spec.model)
+        live.log = RotatingLog(live.log_path)
+        self._starts += 1
+        live.folder = os.path.join(self._runtime_dir, f"g-{self._generation}", f"{instance}-{self._starts}")
+        log.info("%s starts: %s", instance, " ".join(live.plan.argv))
+        live.process = await EngineProcess.start(
+            live.plan, folder=live.folder, env={**scrubbed_env(os.environ, self._generation), **user_env},
+            log=live.log, name=spec.model, on_exit=lambda exit: self._exited(instance, live, exit),
+        )  # fmt: skip
+        await wait_ready(live.process, live.plan, adapter, lambda state: progress({"phase": "load", "message": state}))
+        if live.process.exit is not None:  # it answered and died before we were told
+            raise errors.EngineError(f"{name} died right after loading {spec.model} ({live.process.exit})", code="engine_died")
+
+    def _threads(self) -> int:
+        """Cores minus one, shared with the engines that run already: spinning on all cores costs a factor of 3 to 70."""
+        if self.settings.threads:
+            return self.settings.threads
+        others = sum(1 for live in self.live.values() if live.process is not None)
+        return max(1, (usable_cores() - 1) // (others + 1))
+
+    # End ------------------------------------------------------------------------------------------------------
+    def halt(self, instance: str, force: bool) -> None:
+        """Ends the engine or its start; Down follows.  A second call with `force` is quicker."""
+        live = self.live[instance]
+        if live.task is not None and not live.task.done():
+            if not live.ending:
+                live.task.cancel()
+        elif live.process is not None:
+            log.info("%s stops", instance)
+            live.stop = asyncio.create_task(self._stop(instance, live, live.process, force))
+
+    async def _stop(self, instance: str, live: Live, process: EngineProcess, force: bool) -> None:
+        await process.stop(force)
+        if live.process is process:  # a second, forceful call may have been quicker
+            live.process = None
+            self._cleared(live)
+            self._post(Down(instance))
+
+    def _exited(self, instance: str, live: Live, exit: Exit) -> None:
+        """An engine ended.  On our word, or while starting: whoever asked is waiting and reports."""
+        if exit.asked or live.process is None or (live.task is not None and not live.task.done()):
+            return
+        process, live.process = live.process, None
+        status = exit.status if exit.signal is None else -exit.signal
+        _, line = self.registry.get(live.engine).diagnose(status, process.last_words())
+        error = errors.EngineError(
+            f"{live.engine} with {live.spec.model} died ({exit}): {line}" if line else f"{live.engine} with {live.spec.model} died ({exit})",
+            code="engine_died", last_words=process.last_words()[-2000:], log=live.log_path,
+        )  # fmt: skip
+        log.warning("%s: %s", instance, error)
+        self._cleared(live)
+        self._post(Down(instance, error.to_wire()))
+
+    def _cleared(self, live: Live) -> None:
+        if live.log is not None:
+            live.log.close()
+            live.log = None
+        if live.folder:
+            with suppress(OSError):
+                shutil.rmtree(live.folder)

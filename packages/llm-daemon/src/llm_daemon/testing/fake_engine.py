@@ -1,0 +1,82 @@
+"""A server application that does as it is told: its "model file" is a scenario, a JSON object in a `*.fake.json`.
+
+In a daemon: `[engines.fake] adapter = "llm_daemon.testing.fake_engine:FakeEngine"`.  Keys of a scenario, all optional:
+
+| key | meaning |
+| --- | --- |
+| `load_seconds`, `while_loading` | loads that long; meanwhile answers `"503"` (default) or does not listen (`"refuse"`) |
+| `silent` | writes no log while loading and serving |
+| `load_noise_ms` | a log line every so often while it loads |
+| `load_burns_cpu` | computes all the time while it loads |
+| `never_ready` | loads for ever |
+| `hang` | accepts connections and never answers |
+| `crash_while_loading`, `exit_code` | ends after `load_seconds` with this line on stderr and this status (1) |
+| `kill_self_while_loading` | ends after `load_seconds` by this signal number |
+| `tokens` | what it says: list of strings, or how many to make up |
+| `token_ms`, `first_token_ms` | time before each token, and before the first one in addition |
+| `crash_after_tokens` | dies by SIGABRT when a request has had that many |
+| `ignores_disconnect` | goes on for clients that hung up: `true`, or `"nonstream"` as llama-server under load |
+| `ignore_sigterm` | only SIGKILL ends it |
+| `stop_seconds` | SIGTERM ends it only after that long; a second SIGTERM at once, with status 1 |
+| `grandchild` | leaves its tree with a double-forked, setsid'ed process that ignores SIGTERM |
+| `error_status` | answers each completion with that HTTP status |
+| `echo` | says the words of the last user message or prompt instead of `tokens` |
+
+Its log on stderr tells what happens, one event a line: `listening`, `ready`, `grandchild PID`, `request N begin PATH`,
+`request N slot`, `request N end`, `request N disconnected`, `sigterm`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from ..engines.base import ADDRESS, BAD_MODEL, CRASHED, OUT_OF_MEMORY, Grant, Location, Missing, Plan, Stop
+from ..spec import Spec
+
+SERVER = os.path.join(os.path.dirname(os.path.abspath(__file__)), "_fake_server.py")
+SUFFIX = ".fake.json"
+
+
+class FakeEngine:
+    """See engines.base.Adapter.  `[engines.fake] path = ...` that does not exist makes it missing."""
+
+    name = "fake"
+    license = "Apache-2.0"
+    routes = frozenset({"/v1/chat/completions", "/v1/completions", "/v1/embeddings", "/completion", "/infill", "/tokenize"})
+
+    def __init__(self, stall: float = 120.0, grace: float = 2.0) -> None:
+        self.stall, self.grace = stall, grace
+
+    def locate(self, config: Mapping[str, Any]) -> Location | Missing:
+        path = str(config.get("path", SERVER))
+        if not os.path.exists(path):
+            return Missing(f"{path} does not exist", "nothing helps: this engine is for tests")
+        return Location((sys.executable, "-I", "-S", path), "1", "llm_daemon.testing")
+
+    def accepts(self, path: str) -> str | None:
+        return None if path.endswith(SUFFIX) else f"not a scenario (*{SUFFIX})"
+
+    def refuse(self, args: Sequence[str]) -> str | None:
+        return next((f"{arg} is not passed on: the daemon owns it" for arg in args if arg in ("--socket", "--alias")), None)
+
+    def plan(self, spec: Spec, where: Location, grant: Grant) -> Plan:
+        argv = (
+            *where.argv, grant.model_path, "--socket", grant.socket, "--alias", grant.alias,
+            "--slots", str(grant.parallel), "--context", str(grant.context), *grant.args,
+        )  # fmt: skip
+        with open(grant.model_path) as f:
+            scenario = json.load(f)
+        stall = scenario.get("stall", self.stall)
+        return Plan(argv, grant.socket, slots=grant.parallel, stall=stall, stop=Stop(scenario.get("grace", self.grace)))
+
+    def diagnose(self, exit_status: int | None, last_words: str) -> tuple[str, str]:
+        lines = [line for line in last_words.splitlines() if line.startswith("error: ")]
+        line = lines[-1].removeprefix("error: ") if lines else f"ended with {exit_status}"
+        for kind, sign in ((ADDRESS, "address in use"), (BAD_MODEL, "bad model"), (OUT_OF_MEMORY, "out of memory")):
+            if sign in line.lower():
+                return kind, line
+        return CRASHED, line

@@ -1,0 +1,77 @@
+"""The daemon dies in every awkward moment; nothing of its engine stays.  A process of ours stands in for the daemon."""
+
+from __future__ import annotations
+
+import os
+import random
+import select
+import signal
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from llm_daemon.testing.conformance import stand_in
+from llm_daemon.testing.plugin import survivors
+
+FakeModel = Callable[..., str]
+
+
+def daemon(model: str, folder: Path, generation: str, **more: Any) -> Any:
+    return stand_in("llm_daemon.testing.fake_engine:FakeEngine", {}, model, folder / "engine", generation, **more)
+
+
+def kill(process: subprocess.Popen[str]) -> None:
+    process.kill()
+    process.wait()
+
+
+@pytest.mark.parametrize("stopped", ["nobody", "keeper", "engine", "both"])
+def test_daemon_killed(fake_model: FakeModel, tmp_path: Path, generation: str, stopped: str) -> None:
+    """Also while keeper or engine are stopped; the engine ignores SIGTERM and has an escaped grandchild."""
+    model = fake_model(grandchild=True, ignore_sigterm=True)
+    with daemon(model, tmp_path, generation) as process:
+        assert process.stdout.readline() == "starting\n"
+        _, keeper, engine = process.stdout.readline().split()
+        assert process.stdout.readline() == "ready\n"
+        for pid in {"nobody": (), "keeper": (keeper,), "engine": (engine,), "both": (keeper, engine)}[stopped]:
+            os.kill(int(pid), signal.SIGSTOP)
+        kill(process)
+        assert not survivors(generation, within=1.0)
+
+
+def test_daemon_killed_while_loading(fake_model: FakeModel, tmp_path: Path, generation: str) -> None:
+    with daemon(fake_model(never_ready=True, grandchild=True), tmp_path, generation, wait=False) as process:
+        process.stdout.readline()
+        assert process.stdout.readline().startswith("started")
+        kill(process)
+        assert not survivors(generation, within=1.0)
+
+
+def test_daemon_killed_at_random_moments_of_a_start(fake_model: FakeModel, tmp_path: Path, generation: str) -> None:
+    model = fake_model(grandchild=True, ignore_sigterm=True)
+    rng = random.Random(7)
+    started = 0
+    for trial in range(20):
+        with daemon(model, tmp_path / str(trial), generation) as process:
+            assert process.stdout.readline() == "starting\n"
+            # The moment is the subject here: from before the keeper's exec until after the engine is ready, about 100 ms.
+            select.select([], [], [], rng.uniform(0, 0.1))
+            kill(process)
+            started += "started" in process.stdout.read()
+            assert not survivors(generation, within=1.0)
+    assert 0 < started < 20  # otherwise the moments missed the subject
+
+
+def test_daemon_and_keeper_killed_together_take_the_engine_along(fake_model: FakeModel, tmp_path: Path, generation: str) -> None:
+    """An escaped grandchild may survive this, until the next daemon's sweep; the engine itself may not."""
+    with daemon(fake_model(ignore_sigterm=True), tmp_path, generation) as process:
+        process.stdout.readline()
+        _, keeper, _ = process.stdout.readline().split()
+        assert process.stdout.readline() == "ready\n"
+        process.send_signal(signal.SIGSTOP)  # it cannot react to the keeper's death
+        os.kill(int(keeper), signal.SIGKILL)
+        kill(process)
+        assert not survivors(generation, within=1.0)

@@ -1,0 +1,28 @@
+"""The suite that every engine adapter must pass, against real engines and the starter model."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+
+from llm_daemon.testing.conformance import EngineConformance
+
+pytestmark = pytest.mark.real
+
+
+class TestXllamacpp(EngineConformance):
+    adapter = "llm_daemon.engines.xllamacpp:Xllamacpp"
+
+    @pytest.fixture
+    def model_path(self, smollm2: str) -> str:
+        return smollm2
+
+
+class TestLlamaServer(EngineConformance):
+    adapter = "llm_daemon.engines.llama_server:LlamaServer"
+    config = {"path": path} if (path := os.environ.get("LLM_DAEMON_TEST_LLAMA_SERVER")) else {}
+
+    @pytest.fixture
+    def model_path(self, smollm2: str) -> str:
+        return smollm2

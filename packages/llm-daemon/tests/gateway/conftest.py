@@ -1,0 +1,44 @@
+"""Each test of the gateway runs on the standard loop and on uvloop, with a deadline, and fails on errors the loop reports."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+from collections.abc import Callable, Coroutine
+from pathlib import Path
+from typing import Any
+
+import pytest
+import uvloop
+
+from .fakes import World
+
+LOOPS = {"asyncio": asyncio.new_event_loop, "uvloop": uvloop.new_event_loop}
+
+
+@pytest.fixture(params=sorted(LOOPS))
+def run(request: pytest.FixtureRequest) -> Callable[[Coroutine[Any, Any, None]], None]:
+    """Runs a coroutine to its end."""
+
+    def run(main: Coroutine[Any, Any, None]) -> None:
+        complaints: list[dict[str, Any]] = []
+
+        async def bounded() -> None:
+            asyncio.get_running_loop().set_exception_handler(lambda loop, context: complaints.append(context))
+            async with asyncio.timeout(30):
+                await main
+            left = asyncio.all_tasks() - {asyncio.current_task()}
+            assert not left, f"tasks left behind: {left}"
+
+        with asyncio.Runner(loop_factory=LOOPS[request.param]) as runner:
+            runner.run(bounded())
+            gc.collect(1)  # a task's unread error is told when the task is collected
+        assert not complaints
+
+    return run
+
+
+@pytest.fixture
+def world(tmp_path: Path) -> Callable[..., World]:
+    """Makes a gateway with options of its own, to be entered inside the loop."""
+    return lambda **options: World(tmp_path, **options)

@@ -1,0 +1,56 @@
+"""The conformance suite notices engines that do not conform."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+SUITE = """
+import pytest
+from llm_daemon.testing.conformance import EngineConformance
+
+class Flawed(EngineConformance):
+    adapter = "llm_daemon.testing.fake_engine:FakeEngine"
+
+class TestDeaf(Flawed):
+    @pytest.fixture
+    def model_path(self, fake_model):
+        return fake_model(tokens=600, token_ms=2, ignores_disconnect=True)
+
+    @pytest.fixture
+    def broken_model(self, fake_model):
+        return fake_model(crash_while_loading="something else"), "load"
+
+class TestMute(Flawed):
+    @pytest.fixture
+    def model_path(self, fake_model):
+        return fake_model(error_status=500)
+
+class TestStubborn(Flawed):
+    @pytest.fixture
+    def model_path(self, fake_model):
+        return fake_model(tokens=3000, token_ms=2, ignore_sigterm=True)
+"""
+
+
+def test_flaws_are_found(tmp_path: Path) -> None:
+    (tmp_path / "test_flawed.py").write_text(SUITE)
+    wanted = "hang_up or broken_model or ready_then or test_stop or two_at_once"
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-p", "llm_daemon.testing.plugin", "-c", os.devnull, "--rootdir", ".", "-q", "-rA", "-k", wanted],
+        cwd=tmp_path, env={**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    failed = set(re.findall(r"^FAILED test_flawed\.py::(\w+)::test_(\w+)", done.stdout, re.MULTILINE))
+    assert {
+        ("TestDeaf", "hang_up_frees_the_slot"),
+        ("TestDeaf", "broken_model_is_reported_in_the_engines_own_words"),
+        ("TestMute", "ready_then_answers_in_its_alias"),
+        ("TestMute", "two_at_once"),
+        ("TestStubborn", "stop_idle"),
+        ("TestStubborn", "stop_busy"),
+    } <= failed, done.stdout
+    passed = set(re.findall(r"^PASSED test_flawed\.py::(\w+)::test_(\w+)", done.stdout, re.MULTILINE))
+    assert {("TestDeaf", "stop_idle"), ("TestMute", "stop_idle"), ("TestStubborn", "hang_up_frees_the_slot")} <= passed, done.stdout
