@@ -9,6 +9,8 @@ from pathlib import Path
 import psutil
 import pytest
 
+pytest_plugins = ["llm_daemon.testing.plugin"]
+
 # Models are large and never change: they are fetched once for all sessions, unless the environment names a place.
 MODELS = Path(__file__).parent / ".cache" / "models"
 

@@ -29,7 +29,8 @@ if TYPE_CHECKING:
     __version__: str
 
 _HOMES = {
-    "attach": ".client.sync", "connect": ".client.sync", "Lease": ".client.sync", "Progress": ".client.sync", "aio": ".client.aio",
+    "attach": ".client.sync", "connect": ".client.sync", "Lease": ".client.sync", "Progress": ".client.sync",
+    "aio": ".client.aio",
     "LlmDaemonError": ".errors", "UsageError": ".errors", "Unavailable": ".errors", "DaemonUnresponsive": ".errors",
     "EngineError": ".errors", "EngineTimeout": ".errors", "ProtocolError": ".errors", "LocalProtocolError": ".errors",
     "RemoteProtocolError": ".errors", "Bug": ".errors",

@@ -67,7 +67,7 @@ class Settings:
                 continue
             key, where = name.removeprefix("LLM_DAEMON_").lower(), f"environment variable {name}"
             if key not in _CHECKS:
-                raise _unknown(key, where, [k for k in _CHECKS])
+                raise _unknown(key, where, list(_CHECKS))
             values[key] = _checked(key, text, where)
             origins[key] = where
         for key, value in (flags or {}).items():

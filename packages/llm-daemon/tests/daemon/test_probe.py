@@ -47,9 +47,13 @@ def engine(fake_model: Callable[..., str], tmp_path: Path, generation: str) -> S
         plan = ADAPTER.plan(Spec(Wish(model), Artifact("file", model, model)), where, Grant(model, "m", "e.sock", 512, 1, 1))
         plan = replace(plan, argv=(*wrap, *plan.argv))
         process = await EngineProcess.start(
-            plan, folder=str(tmp_path / "engine"), env=scrubbed_env(os.environ, generation),
-            log=RotatingLog(str(tmp_path / "engine.log")), name="fake", on_exit=lambda exit: None,
-        )  # fmt: skip
+            plan,
+            folder=str(tmp_path / "engine"),
+            env=scrubbed_env(os.environ, generation),
+            log=RotatingLog(str(tmp_path / "engine.log")),
+            name="fake",
+            on_exit=lambda exit: None,
+        )
         try:
             yield process, plan
         finally:
@@ -101,7 +105,9 @@ def test_a_crash_while_loading_is_told_at_once_in_its_own_words(run: Runner, eng
     run(main())
 
 
-@pytest.mark.parametrize(("message", "cls", "code"), [("bad model: no", UsageError, "bad_model"), ("out of memory", EngineError, "out_of_memory")])
+@pytest.mark.parametrize(
+    ("message", "cls", "code"), [("bad model: no", UsageError, "bad_model"), ("out of memory", EngineError, "out_of_memory")]
+)
 def test_whose_move_it_is(engine: Start, message: str, cls: type[Exception], code: str) -> None:
     async def main() -> None:
         async with engine(crash_while_loading=message) as (process, plan):
@@ -181,10 +187,10 @@ def test_cancelling_leaves_no_task_and_the_engine_running(run: Runner, engine: S
     async def main() -> None:
         async with engine(never_ready=True) as (process, plan):
             tasks = asyncio.all_tasks()
-            states: list[str] = []
-            waiting = asyncio.ensure_future(wait_ready(process, plan, ADAPTER, states.append))
-            while "loading" not in states:
-                await asyncio.sleep(0.01)
+            loading = asyncio.Event()
+            states = {"starting": lambda: None, "loading": loading.set}
+            waiting = asyncio.ensure_future(wait_ready(process, plan, ADAPTER, lambda state: states[state]()))
+            await loading.wait()
             waiting.cancel()
             with pytest.raises(asyncio.CancelledError):
                 await waiting
@@ -196,12 +202,23 @@ def test_cancelling_leaves_no_task_and_the_engine_running(run: Runner, engine: S
 
 def test_an_answer_that_is_not_http_is_not_readiness(tmp_path: Path, generation: str) -> None:
     async def main() -> None:
-        code = "import socket; s = socket.socket(socket.AF_UNIX); s.bind('e.sock'); s.listen(); [s.accept()[0].sendall(b'hello 200 OK\\r\\n') for _ in range(1000)]"
+        code = """
+import socket
+s = socket.socket(socket.AF_UNIX)
+s.bind("e.sock")
+s.listen()
+while True:
+    s.accept()[0].sendall(b"hello 200 OK" + bytes([13, 10]))
+"""
         plan = Plan((sys.executable, "-I", "-S", "-c", code), "e.sock", stall=0.5)
         process = await EngineProcess.start(
-            plan, folder=str(tmp_path / "engine"), env=scrubbed_env(os.environ, generation),
-            log=RotatingLog(str(tmp_path / "engine.log")), name="odd", on_exit=lambda exit: None,
-        )  # fmt: skip
+            plan,
+            folder=str(tmp_path / "engine"),
+            env=scrubbed_env(os.environ, generation),
+            log=RotatingLog(str(tmp_path / "engine.log")),
+            name="odd",
+            on_exit=lambda exit: None,
+        )
         with pytest.raises(EngineTimeout):
             await wait_ready(process, plan, ADAPTER)
         await process.stop(force=True)

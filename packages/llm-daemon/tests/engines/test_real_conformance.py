@@ -8,6 +8,8 @@ import pytest
 
 from llm_daemon.testing.conformance import EngineConformance
 
+# Read now: the session takes LLM_DAEMON_* variables away.
+GIVEN = os.environ.get("LLM_DAEMON_TEST_LLAMA_SERVER")
 pytestmark = pytest.mark.real
 
 
@@ -21,7 +23,7 @@ class TestXllamacpp(EngineConformance):
 
 class TestLlamaServer(EngineConformance):
     adapter = "llm_daemon.engines.llama_server:LlamaServer"
-    config = {"path": path} if (path := os.environ.get("LLM_DAEMON_TEST_LLAMA_SERVER")) else {}
+    config = {"path": GIVEN} if GIVEN else {}
 
     @pytest.fixture
     def model_path(self, smollm2: str) -> str:

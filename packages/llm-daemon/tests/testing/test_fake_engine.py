@@ -35,11 +35,17 @@ def play(fake_model: Callable[..., str], tmp_path: Path, generation: str) -> Pla
             model = fake_model(**scenario)
             where = adapter.locate({})
             assert isinstance(where, Location)
-            plan = adapter.plan(Spec(Wish(model), Artifact("file", model, model)), where, Grant(model, "m", "e.sock", 512, slots, 1))
+            plan = adapter.plan(
+                Spec(Wish(model), Artifact("file", model, model)), where, Grant(model, "m", "e.sock", 512, slots, 1)
+            )
             process = await EngineProcess.start(
-                plan, folder=str(tmp_path / "engine"), env=scrubbed_env(os.environ, generation),
-                log=RotatingLog(str(tmp_path / "engine.log")), name="fake", on_exit=lambda exit: None,
-            )  # fmt: skip
+                plan,
+                folder=str(tmp_path / "engine"),
+                env=scrubbed_env(os.environ, generation),
+                log=RotatingLog(str(tmp_path / "engine.log")),
+                name="fake",
+                on_exit=lambda exit: None,
+            )
             try:
                 await wait_ready(process, plan, adapter)
                 await script(Running(process, plan))
@@ -89,7 +95,7 @@ def test_echo_errors_and_other_routes(play: Play) -> None:
     async def script(engine: Running) -> None:
         _, answer = await engine.call("/v1/chat/completions", CHAT)
         assert answer["choices"][0]["message"]["content"] == "say what I say"
-        status, answer = await engine.call("/v1/embeddings", {"input": ["a", "bcd"]})
+        _status, answer = await engine.call("/v1/embeddings", {"input": ["a", "bcd"]})
         assert [row["embedding"] for row in answer["data"]] == [[1.0, 1.0], [3.0, 1.0]]
         assert (await engine.call("/tokenize", {"content": "a bc"}))[1] == {"tokens": [1, 2]}
         assert (await engine.call("/none"))[0] == 404
@@ -122,7 +128,10 @@ def test_slots_and_their_events(play: Play) -> None:
     play(script, tokens=2000, token_ms=5)
 
 
-@pytest.mark.parametrize(("ignores", "stream", "noticed"), [(True, True, False), ("nonstream", False, False), ("nonstream", True, True), (False, False, True)])
+@pytest.mark.parametrize(
+    ("ignores", "stream", "noticed"),
+    [(True, True, False), ("nonstream", False, False), ("nonstream", True, True), (False, False, True)],
+)
 def test_who_notices_a_hang_up(play: Play, ignores: bool | str, stream: bool, noticed: bool) -> None:
     async def script(engine: Running) -> None:
         if stream:

@@ -43,7 +43,9 @@ def call(talk: Any, method: str, on_progress: Any = None, timeout: float | None 
         ) from e
     except OSError as e:
         raise errors.Unavailable(
-            "the daemon ended before it answered", hint="try again; `llm-daemon logs --daemon` may say why"
+            "the daemon ended before it answered",
+            code="daemon_ended",
+            hint="try again; `llm-daemon logs --daemon` may say why",
         ) from e
     result: dict[str, Any] = answer["result"]
     return result

@@ -48,6 +48,8 @@ def command(model: str | None, follow: bool, daemon: bool, lines: int) -> None:
         for line in tails[path].last(lines, unfinished=not follow):
             _print(line, tails[path].name, model is None and not daemon)
     if not tails:
+        if model is not None and not follow:
+            raise errors.UsageError(_nothing(model), code="no_log")
         click.echo(_nothing(model), err=True)
     pause = threading.Event()
     while follow:

@@ -197,9 +197,7 @@ def _removable(store: Store, model: str) -> tuple[Artifact | str, str]:
             return stored.id, stored.key
     artifact = link.resolve(model).artifact
     if artifact.source == "file":
-        raise errors.UsageError(
-            f"{artifact.locator} is a file of your own: remove it yourself", code="own_file", hint=f"rm {artifact.locator}"
-        )
+        raise errors.UsageError(f"{artifact.locator} is a file of your own, which this leaves alone", code="own_file")
     return artifact, artifact.key
 
 

@@ -23,8 +23,9 @@ class Display:
     def __init__(self, quiet: bool = False) -> None:
         self._quiet = quiet
         self._rich = is_terminal(sys.stderr) and os.environ.get("TERM") != "dumb"
-        self._said = ""
-        self._next = 0
+        self._step = ("", False)
+        self._text = ""
+        self._next = 0  # percent at which the next line is due
         self._shown: Any = None  # a rich Status or Progress
         self._task: Any = None
 
@@ -37,25 +38,26 @@ class Display:
     def __call__(self, progress: Any) -> None:
         if self._quiet:
             return
-        doing = PHASES.get(progress.phase, progress.phase)
-        text = clean(f"{doing}: {progress.message}" if progress.message else doing)
         done, total = progress.done or 0, progress.total or 0
+        step = (progress.phase, bool(total))
+        is_new = step != self._step
+        if is_new or total:  # a download may have several parts; other messages only tell a step's inner workings
+            doing = PHASES.get(progress.phase, progress.phase)
+            self._text = clean(f"{doing} {progress.message}".strip() if total else progress.message or doing)
+        if is_new:
+            self._step, self._next = step, 0
         if self._rich:
-            self._draw(text, done, total)
+            self._draw(done, total)
         else:
-            self._line(text, done, total)
+            self._line(done, total, is_new)
 
-    def _line(self, text: str, done: float, total: float) -> None:
+    def _line(self, done: float, total: float, is_new: bool) -> None:
         percent = int(100 * done / total) if total else 0
-        if text == self._said and (not total or percent < self._next):
-            return
-        if text != self._said:
-            self._next = 0
-        self._said = text
-        self._next = (max(percent, self._next) // STEP + 1) * STEP
-        click.echo(text + (f" {percent} % of {size(total)}" if total else ""), err=True)
+        if is_new or (total and percent >= self._next):
+            self._next = (percent // STEP + 1) * STEP
+            click.echo(self._text + (f": {percent} % of {size(total)}" if total else ""), err=True)
 
-    def _draw(self, text: str, done: float, total: float) -> None:
+    def _draw(self, done: float, total: float) -> None:
         from rich.console import Console
         from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -66,16 +68,16 @@ class Display:
             if total:
                 columns = (TextColumn("{task.description}", markup=False), BarColumn(), DownloadColumn(), TimeRemainingColumn())
                 self._shown = Progress(*columns, console=console, transient=True)
-                self._task = self._shown.add_task(text, total=total)
+                self._task = self._shown.add_task("", total=total)
             else:
                 self._shown = console.status("")
             self._shown.start()
         if total:
-            self._shown.update(self._task, description=text, completed=done, total=total)
+            self._shown.update(self._task, description=self._text, completed=done, total=total)
         else:
             from rich.text import Text
 
-            self._shown.update(Text(text))
+            self._shown.update(Text(self._text))
 
     def _end(self) -> None:
         if self._shown is not None:

@@ -63,11 +63,11 @@ def command(
             _check_port(talk.welcome, port)
             talk.close()
         os.environ["LLM_DAEMON_PORT"] = str(port)
-    anchor = Presence()
+    leases = [link.attach(model, quiet, engine=engine, context=context) for model in models] or [Presence()]
+    welcome = leases[0]._talk.welcome
     if port is not None:
-        _check_port(anchor._talk.welcome, port)  # somebody else may have started it meanwhile
-    leases = [anchor, *(link.attach(model, quiet, engine=engine, context=context) for model in models)]
-    _announce(anchor._talk.welcome, [lease.model for lease in leases[1:]], show_key)
+        _check_port(welcome, port)  # somebody else may have started it meanwhile
+    _announce(welcome, [lease.model for lease in leases if models], show_key)
     _keep(leases)
 
 

@@ -41,7 +41,7 @@ def command(model: str | None, force: bool, json_: bool) -> None:
             click.echo(NOBODY)
         return
     try:
-        result = link.call(talk, "stop", model=name, force=force)
+        result = _ask(talk, name, force)
         if result["daemon"]:
             _wait_gone(talk)
     finally:
@@ -55,6 +55,15 @@ def command(model: str | None, force: bool, json_: bool) -> None:
         click.echo("the daemon has ended")
     elif not result["stopped"]:
         click.echo(f"{clean(model)} is not loaded")
+
+
+def _ask(talk: Any, model: str | None, force: bool) -> dict[str, Any]:
+    try:
+        return link.call(talk, "stop", model=model, force=force)
+    except errors.Unavailable as e:
+        if e.code != "daemon_ended":
+            raise
+        return {"stopped": [], "daemon": True}  # on our word or its own: it is what was wanted
 
 
 def _wait_gone(talk: Any) -> None:

@@ -3,14 +3,14 @@
 Only a WELCOME received on a connection means "the daemon is up".  Lock, socket file and verdict are hints; everything
 else loops until the deadline.  The lock taken here (START) only throttles spawning and may be lost without harm.
 
-Imports `os`, `socket`, `errno`, `time` and no more at import: a whole process that attaches must stay fast.
+Imports nothing heavier than `os` at import: a whole process that attaches must stay fast.
 """
 
 from __future__ import annotations
 
+import _socket as socket  # the C half: the Python half imports enum and selectors, 10 ms
 import errno
 import os
-import socket
 import sys
 import time
 
@@ -56,14 +56,18 @@ class Connection:
         self.early = early
 
 
-def ensure(hello: dict[str, object] | None = None, deadline: float = DEADLINE, start: bool = True) -> Connection | None:
+def ensure(
+    hello: dict[str, object] | None = None, deadline: float = DEADLINE, start: bool = True, then: bytes = b""
+) -> Connection | None:
     """A connection to the one daemon, started if need be; None if there is none and `start` is false.
 
-    `hello`: extra fields for HELLO.  Raises UsageError or Unavailable with the daemon's own words if it cannot start,
-    DaemonUnresponsive if one lives but does not answer, RemoteProtocolError if it is of another age.  Blocks for
-    `deadline` seconds at most; may be called from any thread.
+    `hello`: extra fields for HELLO.  `then`: what the client says right behind it, saving a round trip.
+
+    Raises UsageError or Unavailable with the daemon's own words if it cannot start, DaemonUnresponsive if one lives but
+    does not answer, RemoteProtocolError if it is of another age.  Blocks for `deadline` seconds at most; may be called
+    from any thread.
     """
-    attempt = _Attempt(hello, time.monotonic() + deadline)
+    attempt = _Attempt(hello, then, time.monotonic() + deadline)
     while True:
         try:
             return attempt.connect()
@@ -80,9 +84,9 @@ def ensure(hello: dict[str, object] | None = None, deadline: float = DEADLINE, s
 class _Attempt:
     """State of one `ensure` call."""
 
-    def __init__(self, hello: dict[str, object] | None, deadline: float) -> None:
+    def __init__(self, hello: dict[str, object] | None, then: bytes, deadline: float) -> None:
         self.dir = runtime_dir()
-        self.hello = hello or {}
+        self.greeting = control.encode({"op": "HELLO", "proto": control.PROTO, **(hello or {})}) + then
         self.deadline = deadline
         self.failures = 0
         self.spawns = 0
@@ -107,7 +111,7 @@ class _Attempt:
             self._connect_socket(s)
             self._check_peer(s)
             s.settimeout(ANSWER_WAIT)
-            s.sendall(control.encode({"op": "HELLO", "proto": control.PROTO, **self.hello}))
+            s.sendall(self.greeting)
             decoder = control.Decoder()
             messages: list[dict[str, Any]] = []
             while not messages:
@@ -172,7 +176,7 @@ class _Attempt:
                 s.sendall(control.encode({"op": "RETIRE"}))  # only the newer side may ask: no ping-pong
                 raise errors.Unavailable("an older daemon was asked to retire")
             raise errors.RemoteProtocolError(
-                f"the running daemon ({first.get('version')}, protocol {theirs}) is newer than this client (protocol {control.PROTO})",
+                f"the running daemon ({first.get('version')}, protocol {theirs}) is newer than this client ({control.PROTO})",
                 hint="upgrade llm-daemon in this environment, or stop the daemon: llm-daemon stop",
             )
         raise errors.RemoteProtocolError(f"the daemon answered {op!r} to HELLO")

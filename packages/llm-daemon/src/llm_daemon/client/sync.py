@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import _socket as socket  # the C half: the Python half imports enum and selectors, 10 ms
 import os
-import socket
 import time
 from _thread import RLock
 
@@ -24,7 +24,7 @@ _POLL = socket.MSG_PEEK | socket.MSG_DONTWAIT
 
 
 class Progress:
-    """One step of a load.  `phase`: wait, resolve, download, verify, extract, start or load; `done` of `total` bytes where known."""
+    """One step of a load.  `phase`: wait, resolve, download, verify, extract or load; `done` of `total` bytes if known."""
 
     __slots__ = ("done", "message", "phase", "total")
 
@@ -44,12 +44,12 @@ class Progress:
 class Conversation:
     """Questions and answers on one control connection.  One thread at a time."""
 
-    def __init__(self, connection: start.Connection) -> None:
+    def __init__(self, connection: start.Connection, asked: int = 0) -> None:
         self.sock = connection.sock
         self.welcome = connection.welcome
         self._decoder = connection.decoder
         self._messages = connection.early
-        self._id = 0
+        self._id = asked  # questions already sent, right behind HELLO
 
     def ask(self, op: str, timeout: float | None = None, on_progress: Report | None = None, **fields: object) -> dict[str, Any]:
         """Sends `op` and waits for its answer (a dict), at most `timeout` seconds.
@@ -57,9 +57,13 @@ class Conversation:
         Raises what the daemon answered as an error, TimeoutError, or ConnectionError when the daemon is gone.
         """
         self._id += 1
-        deadline = None if timeout is None else time.monotonic() + timeout
         self.sock.settimeout(timeout)
         self.sock.sendall(control.encode({"op": op, "id": self._id, **fields}))
+        return self.answer(timeout, on_progress)
+
+    def answer(self, timeout: float | None = None, on_progress: Report | None = None) -> dict[str, Any]:
+        """The answer to the last question sent; as `ask`."""
+        deadline = None if timeout is None else time.monotonic() + timeout
         while True:
             message = self._next(deadline)
             if message.get("id") != self._id:
@@ -85,6 +89,7 @@ class Conversation:
     def is_open(self) -> bool:
         """Whether the daemon is still there; costs one system call."""
         try:
+            self.sock.settimeout(None)  # with a timeout Python itself would wait, whatever the flag says
             return self.sock.recv(1, _POLL) != b""
         except BlockingIOError:
             return True
@@ -136,16 +141,17 @@ class Lease:
 
     def _attach(self) -> None:
         deadline = None if self._timeout is None else time.monotonic() + self._timeout
+        question = control.encode({"op": "ENSURE", "id": 1, "wish": self._wish, "keep_alive": self._keep_alive})
         while True:
             left = None if deadline is None else max(0.001, deadline - time.monotonic())
-            connection = start.ensure(None, start.DEADLINE if left is None else min(left, start.DEADLINE))
+            connection = start.ensure(None, start.DEADLINE if left is None else min(left, start.DEADLINE), then=question)
             assert connection is not None  # only `start=False` may find nobody
-            self._talk = Conversation(connection)
+            self._talk = Conversation(connection, asked=1)
             if self._closed:  # closed by another thread while we connected
                 self._let_go()
                 raise errors.Unavailable("the lease was closed", code="closed")
             try:
-                answer = self._talk.ask("ENSURE", left, self._on_progress, wish=self._wish, keep_alive=self._keep_alive)
+                answer = self._talk.answer(left, self._on_progress)
             except TimeoutError as e:
                 self._let_go()
                 raise errors.EngineTimeout(

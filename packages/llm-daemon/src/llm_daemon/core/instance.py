@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from enum import Enum
+from enum import StrEnum
 
 from ..spec import Spec
 from .events import Wire
@@ -13,7 +13,7 @@ BACKOFF_FIRST, BACKOFF_MOST = 1.0, 60.0  # seconds between starts of an engine t
 ABANDON_AFTER = 2.0  # seconds a start goes on when nobody waits for it any more: a client that retries finds it warm
 
 
-class State(str, Enum):
+class State(StrEnum):
     """Where an instance is.  Only `ready` admits tickets; the three middle ones own a process."""
 
     ABSENT = "absent"  # nothing runs; kept while a lease names it

@@ -229,7 +229,7 @@ class Machine:
 
     def _forget(self, now: float) -> None:
         for it in list(self.instances.values()):
-            stale = it.state is State.ABSENT or it.state is State.FAILED and now >= it.retry_at + FAILED_SHOWN
+            stale = it.state is State.ABSENT or (it.state is State.FAILED and now >= it.retry_at + FAILED_SHOWN)
             if stale and not (it.leases or it.is_wanted):
                 del self.instances[it.id]
 
@@ -242,7 +242,7 @@ class Machine:
     def _tick(self, now: float, out: list[Command]) -> None:
         for it in list(self.instances.values()):
             due = self._closes_at(it)
-            if due is not None and now >= due or it.abandon_at is not None and now >= it.abandon_at:
+            if (due is not None and now >= due) or (it.abandon_at is not None and now >= it.abandon_at):
                 self._halt(it, False, out)
 
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-import fcntl
 import faulthandler
+import fcntl
 import gc
 import logging
 import os
@@ -139,7 +139,8 @@ class Daemon:
         poll = select.poll()
         for door in doors:
             poll.register(door, select.POLLIN)
-        if poll.poll(0):
+        unsent = any(c.transport.get_write_buffer_size() for c in self.control.connections.values())
+        if unsent or poll.poll(0):  # an answer on its way counts too: `stop` wants to hear that it worked
             self.post(ev.ExitVetoed())
             return
         self.born.listener.close()
@@ -373,7 +374,7 @@ def serve(born: Born) -> None:
     start_logging(born.log_dir)
     faulthandler.enable()
     with suppress(ValueError, OSError):  # thousands of leases are as many open files
-        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     try:
         if sys.platform == "win32":

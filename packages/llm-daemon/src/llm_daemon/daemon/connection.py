@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from collections.abc import Iterable
+from functools import partial
 from typing import TYPE_CHECKING, cast
 
 from ..core.openai import error_body, retry_after
@@ -29,7 +30,7 @@ class Connection(asyncio.Protocol):
 
     def __init__(self, gateway: Gateway, port: int | None) -> None:
         self.port, self._gateway = port, gateway
-        self._reader = RequestReader(lambda request: gateway.judge(request, port), body_limit=gateway.body_limit)
+        self._reader = RequestReader(partial(gateway.judge, port), body_limit=gateway.body_limit)
         self._waiting: deque[Request] = deque()
         self._exchange: Exchange | None = None
         self._paused = self._closing = self._gone = self._advancing = False
@@ -49,12 +50,13 @@ class Connection(asyncio.Protocol):
         if self._reader.done:
             return
         self._waiting += self._reader.feed(data)
-        while self._is_too_much():
+        while len(self._waiting) > 1 and self._is_too_much():
             self._waiting.pop()
             self._waiting[-1].keep_alive = False  # the client asks again for what is not answered (RFC 9112, section 9.3.2)
             self._reader.failed = True
             self._reader.stop()
-        self._advance()
+        if self._exchange is None:
+            self._advance()
 
     def eof_received(self) -> None:
         self._hang_up()
@@ -74,7 +76,8 @@ class Connection(asyncio.Protocol):
         self._paused = False
         if self._exchange is not None:
             self._exchange.resume()
-        self._advance()
+        elif not self._advancing:
+            self._advance()
 
     # -- called by the gateway and by exchanges
 
@@ -106,10 +109,10 @@ class Connection(asyncio.Protocol):
     def finished(self, request: Request, *, keep: bool = True) -> None:
         """The answer to `request` is written."""
         self._exchange = None
-        if keep and self._keeps(request):
-            self._advance()
-        else:
+        if not keep or not self._keeps(request):
             self._close()
+        elif not self._advancing:
+            self._advance()
 
     def shut(self, error: LlmDaemonError) -> None:
         """The daemon goes."""
@@ -127,16 +130,12 @@ class Connection(asyncio.Protocol):
         return request.keep_alive and request.version == "1.1" and not self._gateway.closing
 
     def _is_too_much(self) -> bool:
-        waiting = self._waiting
-        return len(waiting) > 1 and (
-            len(waiting) > self._gateway.pipeline or sum([len(r.body) for r in waiting]) > self._gateway.body_limit
-        )
+        sizes = [len(request.body) for request in self._waiting]
+        return len(sizes) > self._gateway.pipeline or sum(sizes) > self._gateway.body_limit
 
     def _advance(self) -> None:
         """Serves what waits, one at a time, while the client takes our answers."""
-        if self._advancing:  # an answer was given at once, inside _serve
-            return
-        self._advancing = True
+        self._advancing = True  # an answer may be given at once, inside _serve
         try:
             while self._waiting and self._exchange is None and not (self._paused or self._closing):
                 self._serve(self._waiting.popleft())

@@ -13,6 +13,7 @@ import socket
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
+from time import perf_counter
 from typing import Protocol
 from urllib.parse import unquote
 
@@ -31,8 +32,7 @@ _BACKLOG = 1024
 _FORWARDED = (b"content-type", b"accept", b"user-agent")
 
 
-@dataclass(frozen=True, slots=True)
-class Ask:
+class Ask(msgspec.Struct, frozen=True):
     """A request that wants an engine.  `model` is None when the body names none; `via` is `tcp` or `unix`."""
 
     ticket: str
@@ -160,7 +160,7 @@ class Gateway:
         if self.closing and not self.connections:
             self._empty.set()
 
-    def judge(self, request: Request, port: int | None) -> LlmDaemonError | None:
+    def judge(self, port: int | None, request: Request) -> LlmDaemonError | None:
         """The reason to refuse a request whose head was read; `port` is None on the unix socket."""
         path = request.path
         if port is not None and (error := self._guard.check(request, port, open_to_all=path == "/health")) is not None:
@@ -227,7 +227,7 @@ class Exchange:
         self._tail = b""  # last piece of an event stream
 
     def open(self) -> None:
-        self._state, self._opened = "waiting", asyncio.get_running_loop().time()
+        self._state, self._opened = "waiting", perf_counter()
         self._gateway.busy += 1
         try:
             self._gateway.desk.open(self.ask, self)
@@ -241,10 +241,11 @@ class Exchange:
     def run(self, route: Route) -> None:
         if self._state != "waiting":
             return
-        self._state, self._route, self._ran = "running", route, asyncio.get_running_loop().time()
+        self._state, self._route, self._ran = "running", route, perf_counter()
         given = self._request.headers
         headers = [(name, given[name]) for name in _FORWARDED if name in given]
-        headers += [(name.encode("ascii"), value.encode("ascii")) for name, value in route.headers]
+        if route.headers:
+            headers += [(name.encode("ascii"), value.encode("ascii")) for name, value in route.headers]
         message = request_bytes(self.ask.path, headers, self._request.body)
         self._request.body = b""
         self._call = self._gateway.pool.call(route.socket, message, self)
@@ -327,21 +328,24 @@ class Exchange:
         """Whether the client can tell where the answer ends (or there is none yet)."""
         return self._head is None or self._chunked or not (self._head.chunked or self._head.until_close)
 
-    def _own_headers(self) -> list[bytes]:
-        started = self._ran or asyncio.get_running_loop().time()
-        lines = [b"X-LLM-Ticket: %b\r\n" % self.ask.ticket.encode()]
-        timing = b"Server-Timing: queue;dur=%.3f" % ((started - self._opened) * 1e3)
-        if self._route is not None:
-            lines.append(b"X-LLM-Instance: %b\r\n" % ascii(self._route.instance)[1:-1].encode())
-            timing += b", engine;dur=%.3f" % ((asyncio.get_running_loop().time() - self._ran) * 1e3)
-        lines.append(timing + b"\r\n")
-        return lines
+    def _own_headers(self) -> bytes:
+        """Header lines of the ticket."""
+        now, ticket = perf_counter(), self.ask.ticket
+        if self._route is None:
+            text = f"X-LLM-Ticket: {ticket}\r\nServer-Timing: queue;dur={(now - self._opened) * 1e3:.3f}\r\n"
+        else:
+            timing = f"queue;dur={(self._ran - self._opened) * 1e3:.3f}, engine;dur={(now - self._ran) * 1e3:.3f}"
+            instance = self._route.instance
+            if not (instance.isascii() and instance.isprintable()):  # a model's name may hold anything
+                instance = ascii(instance)
+            text = f"X-LLM-Ticket: {ticket}\r\nX-LLM-Instance: {instance}\r\nServer-Timing: {timing}\r\n"
+        return text.encode("ascii")
 
     def _begin(self, head: Head) -> bytes:
         """Our head for the engine's answer: its status line and end-to-end headers, our framing."""
         self._head, old = head, self._request.version == "1.0"
         self._chunked = head.chunked and not old
-        lines = [b"HTTP/1.1 %d %b\r\n" % (head.status, head.reason), *head.lines, *self._own_headers()]
+        lines = [b"HTTP/1.1 %d %b\r\n" % (head.status, head.reason), *head.lines, self._own_headers()]
         if self._chunked:
             lines.append(b"Transfer-Encoding: chunked\r\n")
         elif head.length is not None and not head.chunked:
@@ -353,7 +357,7 @@ class Exchange:
     def _give(self, error: LlmDaemonError) -> None:
         """The error in the way that is still open: an answer, an event at the end of a stream, a body cut short."""
         if self._head is None:
-            self._connection.reply_error(self._request, error, self._own_headers())
+            self._connection.reply_error(self._request, error, [self._own_headers()])
             self._connection.finished(self._request)
             return
         keep = False

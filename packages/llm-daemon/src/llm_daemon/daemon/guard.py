@@ -28,6 +28,7 @@ class Guard:
 
     def __init__(self, token: str | None, hosts: Callable[[str], bool] | frozenset[str] = frozenset()) -> None:
         self._token = None if token is None else token.encode()
+        self._usual = b"Bearer " + (self._token or b"")
         self._allowed = hosts if callable(hosts) else hosts.__contains__
         self._known_good: set[tuple[bytes, int]] = set()  # Host values seen and found good: the usual case costs one look-up
 
@@ -42,7 +43,7 @@ class Guard:
         origin = request.headers.get(b"origin")
         if origin is not None and (b"origin" in request.repeated or not self._good_origin(origin, port)):
             return UsageError(f"web pages of {_show(origin)} may not use this endpoint", code="bad_origin", status=403)
-        if not open_to_all and self._token is not None and not self._good_token(request, self._token):
+        if not open_to_all and self._token is not None and not self._is_token(request, self._token):
             return UsageError(
                 "the API key is missing or wrong",
                 code="bad_token",
@@ -66,15 +67,16 @@ class Guard:
         scheme, _, authority = value.partition(b"://")
         return scheme.lower() == b"http" and self._good_host(authority, port, needs_port=port != 80)
 
-    @staticmethod
-    def _good_token(request: Request, token: bytes) -> bool:
-        if not request.repeated.isdisjoint((b"authorization", b"x-api-key")):
+    def _is_token(self, request: Request, token: bytes) -> bool:
+        """Every comparison is in constant time.  OpenAI's clients send a bearer token, Anthropic's an API key."""
+        if request.repeated and not request.repeated.isdisjoint((b"authorization", b"x-api-key")):
             return False
-        scheme, _, bearer = request.headers.get(b"authorization", b"").partition(b" ")
-        key = request.headers.get(b"x-api-key", b"")
-        # Both are compared, each in constant time: OpenAI's and Anthropic's clients fill in one of the two.
+        given = request.headers.get(b"authorization", b"")
+        if hmac.compare_digest(given, self._usual):
+            return True
+        scheme, _, bearer = given.partition(b" ")
         by_bearer = hmac.compare_digest(bearer.strip(), token) and scheme.lower() == b"bearer"
-        return hmac.compare_digest(key, token) or by_bearer
+        return hmac.compare_digest(request.headers.get(b"x-api-key", b""), token) or by_bearer
 
 
 def is_loopback(name: str) -> bool:

@@ -24,7 +24,6 @@ import signal
 import sys
 import time
 
-LINUX = sys.platform == "linux"
 # <linux/prctl.h>
 PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36
 
@@ -41,21 +40,21 @@ class Watch:
 
     def __init__(self) -> None:
         self.names: dict[int, str] = {}
-        if LINUX:
+        if sys.platform == "linux":
             self.poll = select.poll()
         else:
             self.queue = select.kqueue()
 
     def file(self, fd: int, name: str) -> None:
         self.names[fd] = name
-        if LINUX:
+        if sys.platform == "linux":
             self.poll.register(fd, select.POLLIN)
         else:
             self.queue.control([select.kevent(fd, select.KQ_FILTER_READ, select.KQ_EV_ADD)], 0)
 
     def process(self, pid: int, name: str) -> None:
         """Raises ProcessLookupError if it is gone already."""
-        if LINUX:
+        if sys.platform == "linux":
             self.file(os.pidfd_open(pid), name)
         else:
             self.names[-pid] = name
@@ -64,16 +63,17 @@ class Watch:
 
     def forget(self, fd: int) -> None:
         del self.names[fd]
-        if LINUX:
+        if sys.platform == "linux":
             self.poll.unregister(fd)
         os.close(fd)  # closing takes it out of a kqueue
 
     def wait(self, timeout: float | None) -> set[str]:
         """Names that are ready; a process that ended is so once.  `timeout` in seconds, None is for ever."""
-        if LINUX:
+        if sys.platform == "linux":
             return {self.names[fd] for fd, _ in self.poll.poll(None if timeout is None else max(0.0, timeout) * 1000)}
-        events = self.queue.control(None, 8, timeout)
-        return {self.names[-e.ident if e.filter == select.KQ_FILTER_PROC else e.ident] for e in events}
+        else:
+            events = self.queue.control(None, 8, timeout)
+            return {self.names[-e.ident if e.filter == select.KQ_FILTER_PROC else e.ident] for e in events}
 
 
 class Keeper:
@@ -87,7 +87,7 @@ class Keeper:
 
     def run(self) -> None:
         """Everything, from the promise not to be orphaned to the engine's end."""
-        if LINUX:
+        if sys.platform == "linux":
             prctl(PR_SET_PDEATHSIG, signal.SIGCONT)  # wakes us if we were stopped when the daemon died; else harmless
             prctl(PR_SET_CHILD_SUBREAPER, 1)
         try:
@@ -97,7 +97,7 @@ class Keeper:
         if os.getppid() != self.daemon:  # it died before we looked, and the pid we watch may be another's
             return
         self.watch.file(self.lifeline, "lifeline")
-        if LINUX:
+        if sys.platform == "linux":
             self.wake_on_child()
         try:
             if self.start():
@@ -148,7 +148,7 @@ class Keeper:
         import resource
 
         os.setpgid(0, 0)
-        if LINUX:
+        if sys.platform == "linux":
             prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
         if os.getppid() != keeper:
             os._exit(127)

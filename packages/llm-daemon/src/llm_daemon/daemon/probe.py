@@ -8,6 +8,7 @@ import socket
 import sys
 import time
 from collections.abc import Callable
+from typing import Any
 
 from ..engines.base import ADDRESS, BAD_MODEL, CRASHED, OUT_OF_MEMORY, Adapter, Plan
 from ..errors import EngineError, EngineTimeout, LlmDaemonError, UsageError
@@ -39,13 +40,16 @@ async def wait_ready(process: EngineProcess, plan: Plan, adapter: Adapter, on_st
     except _Stalled as stalled:
         raise EngineTimeout(
             f"{process.name} made no progress for {plan.stall:g} s while loading ({stalled})",
-            hint="look at its log; a very slow disk or device may need a longer wait", **_details(process),
-        ) from None  # fmt: skip
+            hint="look at its log; a very slow disk or device may need a longer wait",
+            **_details(process),
+        ) from None
     except _Stranger as stranger:
         raise EngineError(
-            f"{stranger} answers in place of {process.name}", code=ADDRESS,
-            hint="nobody but the engine should be in its private folder: end that process", **_details(process),
-        ) from None  # fmt: skip
+            f"{stranger} answers in place of {process.name}",
+            code=ADDRESS,
+            hint="nobody but the engine should be in its private folder: end that process",
+            **_details(process),
+        ) from None
     finally:
         polling.cancel()
         ending.cancel()
@@ -59,13 +63,18 @@ def failure(process: EngineProcess, adapter: Adapter) -> LlmDaemonError:
     kind, line = adapter.diagnose(status, process.last_words())
     details = _details(process)
     if kind == BAD_MODEL:
-        return UsageError(f"{process.name} cannot load this model: {line}", code=BAD_MODEL, hint="is the file complete, and made for this engine?", **details)  # fmt: skip
+        return UsageError(
+            f"{process.name} cannot load this model: {line}",
+            code=BAD_MODEL,
+            hint="is the file complete, and made for this engine?",
+            **details,
+        )
     hint = {OUT_OF_MEMORY: "try a smaller context or quantization, or stop another model"}.get(kind, "see its log for more")
     code = "engine_start_failed" if kind == CRASHED else kind
     return EngineError(f"{process.name} did not start ({exit}): {line}", code=code, hint=hint, **details)
 
 
-def _details(process: EngineProcess) -> dict[str, object]:
+def _details(process: EngineProcess) -> dict[str, Any]:
     exit = process.exit
     return {
         "last_words": process.last_words(),
@@ -89,7 +98,9 @@ async def _poll(process: EngineProcess, plan: Plan, on_state: Callable[[str], No
     reason = "it does not listen"
     while True:
         try:
-            status = await asyncio.wait_for(_ask(process, plan.probe.path), min(PATIENCE, plan.stall))
+            # Not wait_for: before Python 3.12 it loses a cancellation that meets a result (cpython#86296).
+            async with asyncio.timeout(min(PATIENCE, plan.stall)):
+                status = await _ask(process, plan.probe.path)
         except TimeoutError:
             reason = "it accepted a connection but does not answer"
         except OSError:

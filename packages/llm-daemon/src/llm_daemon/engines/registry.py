@@ -22,7 +22,9 @@ class Registry:
     configuration that cannot is the user's to correct: UsageError (`bad_config`).  May be used from any thread.
     """
 
-    def __init__(self, config: Mapping[str, Mapping[str, Any]], preference: tuple[str, ...] = ("llama-server", "xllamacpp")) -> None:
+    def __init__(
+        self, config: Mapping[str, Mapping[str, Any]], preference: tuple[str, ...] = ("llama-server", "xllamacpp")
+    ) -> None:
         self.config = config
         self.broken: dict[str, str] = {}
         self._found: dict[str, Location] = {}
@@ -44,7 +46,9 @@ class Registry:
         if name in self._adapters:
             return self._adapters[name]
         if name in self.broken:
-            raise EngineError(f"the engine {name} cannot be used: {self.broken[name]}", code="engine_missing", hint="install its package anew")
+            raise EngineError(
+                f"the engine {name} cannot be used: {self.broken[name]}", code="engine_missing", hint="install its package anew"
+            )
         near = difflib.get_close_matches(name, self.names, 1)
         hint = f"did you mean {near[0]}?" if near else "engines are " + ", ".join(self.names)
         raise UsageError(f"no engine {name!r}", code="unknown_engine", hint=hint)
@@ -95,8 +99,9 @@ def _load(name: str, target: str) -> Adapter:
     except Exception as e:
         raise UsageError(
             f"engines.{name}.adapter: cannot load {target!r}: {type(e).__name__}: {e}",
-            code="bad_config", hint='write it as "module:Class"',
-        ) from e  # fmt: skip
+            code="bad_config",
+            hint='write it as "module:Class"',
+        ) from e
     if not isinstance(adapter, Adapter):
         raise UsageError(
             f"engines.{name}.adapter: {target} is not an engine adapter", code="bad_config", hint="see llm_daemon/engines/base.py"

@@ -97,7 +97,8 @@ async def _end(helper: asyncio.subprocess.Process, words: asyncio.Task[str]) -> 
         helper.stdin.close()  # the helper takes this as an order to stop, if it has not finished
         rest = asyncio.create_task(helper.stdout.read())  # so that it cannot hang on a full pipe
         try:
-            await asyncio.wait_for(helper.wait(), _GRACE)
+            async with asyncio.timeout(_GRACE):
+                await helper.wait()
         except TimeoutError:
             helper.kill()  # it waits in a system call, say for a name server; it has nothing to clean up there
             await helper.wait()

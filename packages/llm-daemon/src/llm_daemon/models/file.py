@@ -41,10 +41,6 @@ def resolve(locator: str) -> Artifact:
     if not stat.S_ISREG(st.st_mode):
         what = "a folder" if stat.S_ISDIR(st.st_mode) else "not a regular file"
         raise UsageError(f"{path} is {what}", code="bad_model", hint="name the .gguf file itself")
-    name = os.path.basename(path).lower()
-    # Ollama keeps plain GGUF files under the name of their hash.
-    if not name.endswith(_SUFFIXES) and not name.startswith("sha256-"):
-        raise UsageError(f"{path} does not look like a model", code="bad_model", hint="a model is a .gguf or a .llamafile")
     if not os.access(real, os.R_OK):
         raise UsageError(f"{path} may not be read by you", code="bad_model", hint=f"chmod +r {path}")
     # The locator keeps the name as given: the parts of a split model find each other by it, and a link's target

@@ -16,6 +16,8 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
+STREAM_HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\nServer: fake\r\n\r\n"
+REASONS = {200: "OK", 404: "Not Found", 429: "Too Many Requests", 500: "Internal Server Error", 503: "Service Unavailable"}
 BY_DEFAULT = ["Hello", " from", " the", " fake", " engine", "."]
 
 
@@ -157,12 +159,16 @@ class Server:
         if status := self.scenario.get("error_status"):
             self.send(client, status, {"error": {"code": status, "message": "as the scenario wants", "type": "server_error"}})
         elif path == "/v1/embeddings":
-            texts = request.get("input", "")
+            texts, _usage = request.get("input", ""), {"prompt_tokens": 1, "total_tokens": 1}
             data = [
                 {"object": "embedding", "index": i, "embedding": [float(len(text)), 1.0]}
                 for i, text in enumerate([texts] if isinstance(texts, str) else texts)
             ]
-            self.send(client, 200, {"object": "list", "model": self.alias, "data": data, "usage": {"prompt_tokens": 1, "total_tokens": 1}})
+            self.send(
+                client,
+                200,
+                {"object": "list", "model": self.alias, "data": data, "usage": {"prompt_tokens": 1, "total_tokens": 1}},
+            )
         elif path == "/tokenize":
             self.send(client, 200, {"tokens": [len(word) for word in str(request.get("content", "")).split()]})
         elif path in ("/v1/chat/completions", "/v1/completions", "/completion", "/infill"):
@@ -180,7 +186,7 @@ class Server:
             said = list(words)
             self.send(client, 200, answer.whole(said))
             return
-        self.tell(client, b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\nServer: fake\r\n\r\n")
+        self.tell(client, STREAM_HEAD)
         for word in words:
             said.append(word)
             self.event(client, json.dumps(answer.piece(word, len(said) == 1)))
@@ -234,13 +240,16 @@ class Server:
         self.raw(client, status, "application/json; charset=utf-8", json.dumps(value).encode())
 
     def raw(self, client: socket.socket, status: int, kind: str, data: bytes) -> None:
-        self.tell(client, b"HTTP/1.1 %d X\r\nContent-Type: %s\r\nContent-Length: %d\r\n\r\n%s" % (status, kind.encode(), len(data), data))
+        reason = REASONS.get(status, "Status")
+        head = f"HTTP/1.1 {status} {reason}\r\nContent-Type: {kind}\r\nContent-Length: {len(data)}\r\n\r\n"
+        self.tell(client, head.encode() + data, whole=True)
 
-    def tell(self, client: socket.socket, data: bytes) -> None:
+    def tell(self, client: socket.socket, data: bytes, whole: bool = False) -> None:
         try:
             client.sendall(data)
         except (BrokenPipeError, ConnectionResetError):
-            if self.scenario.get("ignores_disconnect") is not True:
+            ignores = self.scenario.get("ignores_disconnect")
+            if ignores is not True and not (ignores and whole):
                 raise
 
 
@@ -279,7 +288,7 @@ class Answer:
             yield {"content": "", "stop": True, "tokens_predicted": count}
             return
         kind = "chat.completion.chunk" if self.chat else "text_completion"
-        choice = {"index": 0, "finish_reason": "stop", **({"delta": {}} if self.chat else {"text": ""})}
+        choice: dict[str, Any] = {"index": 0, "finish_reason": "stop", **({"delta": {}} if self.chat else {"text": ""})}
         yield {**self.head, "object": kind, "choices": [choice]}
         if self.usage_wanted:
             yield {**self.head, "object": kind, "choices": [], "usage": self.usage(count)}

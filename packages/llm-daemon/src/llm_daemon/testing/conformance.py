@@ -19,14 +19,13 @@ import http.client
 import importlib
 import json
 import os
-import shutil
 import signal
 import socket
 import subprocess
 import sys
 import time
 from collections.abc import AsyncIterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +66,10 @@ def call(path: str, route: str, body: object = None) -> tuple[int, Any]:
         return response.status, None
 
 
+def read(path: str) -> bytes:
+    return Path(path).read_bytes()
+
+
 @dataclass
 class Running:
     """One started engine, for tests."""
@@ -78,7 +81,9 @@ class Running:
     async def call(self, route: str, body: object = None) -> tuple[int, Any]:
         return await asyncio.to_thread(call, self.process.socket, route, body)
 
-    async def stream(self, body: Mapping[str, object], route: str = "/v1/chat/completions") -> tuple[UnixConnection, http.client.HTTPResponse]:
+    async def stream(
+        self, body: Mapping[str, object], route: str = "/v1/chat/completions"
+    ) -> tuple[UnixConnection, http.client.HTTPResponse]:
         """An open stream whose first event has arrived; closing the connection is the hang-up."""
 
         def begin() -> tuple[UnixConnection, http.client.HTTPResponse]:
@@ -99,8 +104,10 @@ class EngineConformance:
     config: Mapping[str, Any] = {}
     # Long enough to be cut short, in words that make a model talk.
     long_request: Mapping[str, Any] = {
-        "messages": [{"role": "user", "content": "Write a very long story about a river."}], "max_tokens": 3000, "ignore_eos": True,
-    }  # fmt: skip
+        "messages": [{"role": "user", "content": "Write a very long story about a river."}],
+        "max_tokens": 3000,
+        "ignore_eos": True,
+    }
     short_request: Mapping[str, Any] = {"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 1}
 
     @pytest.fixture
@@ -133,9 +140,13 @@ class EngineConformance:
         plan = self.planned(model, **options)
         exits: list[Exit] = []
         process = await EngineProcess.start(
-            plan, folder=str(self.folder / folder), env=scrubbed_env(os.environ, self.generation),
-            log=RotatingLog(str(self.folder / f"{folder}.log")), name=self.engine.name, on_exit=exits.append,
-        )  # fmt: skip
+            plan,
+            folder=str(self.folder / folder),
+            env=scrubbed_env(os.environ, self.generation),
+            log=RotatingLog(str(self.folder / f"{folder}.log")),
+            name=self.engine.name,
+            on_exit=exits.append,
+        )
         return Running(process, plan, exits)
 
     @contextlib.asynccontextmanager
@@ -228,7 +239,7 @@ class EngineConformance:
         async def main() -> None:
             async with self.running(model_path) as engine:
                 for name in ("cmdline", "environ"):
-                    assert b"a-secret-of-the-user" not in Path(f"/proc/{engine.process.pid}/{name}").read_bytes()
+                    assert b"a-secret-of-the-user" not in read(f"/proc/{engine.process.pid}/{name}")
                 secrets = [v for k, v in engine.plan.env.items() if "KEY" in k or "TOKEN" in k]
                 assert not set(secrets) & set(engine.plan.argv)
 
@@ -240,7 +251,9 @@ class EngineConformance:
         async def main() -> None:
             async with self.running(model_path) as engine:
                 for route in sorted(self.engine.routes):
-                    status, answer = await engine.call(route, {"prompt": "", "messages": [], "content": "", "max_tokens": 1, "n_predict": 1})
+                    status, answer = await engine.call(
+                        route, {"prompt": "", "messages": [], "content": "", "max_tokens": 1, "n_predict": 1}
+                    )
                     assert status != 404, (route, answer)
                 assert (await engine.call("/no/such/route", {}))[0] == 404
 
@@ -331,16 +344,16 @@ class EngineConformance:
 
 
 @contextlib.contextmanager
-def stand_in(
-    adapter: str, config: Mapping[str, Any], model: str, folder: Path, generation: str, **more: Any
-) -> Any:
+def stand_in(adapter: str, config: Mapping[str, Any], model: str, folder: Path, generation: str, **more: Any) -> Any:
     """A process in the daemon's place (`stand_in.py`), killed at the end if it still lives; read its standard output."""
     task = {"adapter": adapter, "config": dict(config), "model": model, "folder": str(folder), "generation": generation, **more}
     path = os.pathsep.join(p for p in sys.path if p)
     daemon = subprocess.Popen(
         [sys.executable, "-m", "llm_daemon.testing.stand_in", json.dumps(task)],
-        stdout=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": path},
-    )  # fmt: skip
+        stdout=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONPATH": path},
+    )
     try:
         yield daemon
     finally:

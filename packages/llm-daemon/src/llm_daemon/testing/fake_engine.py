@@ -21,6 +21,7 @@ In a daemon: `[engines.fake] adapter = "llm_daemon.testing.fake_engine:FakeEngin
 | `grandchild` | leaves its tree with a double-forked, setsid'ed process that ignores SIGTERM |
 | `error_status` | answers each completion with that HTTP status |
 | `echo` | says the words of the last user message or prompt instead of `tokens` |
+| `stall`, `grace` | seconds, for the plan: see `engines.base.Plan` and `Stop` |
 
 Its log on stderr tells what happens, one event a line: `listening`, `ready`, `grandchild PID`, `request N begin PATH`,
 `request N slot`, `request N end`, `request N disconnected`, `sigterm`.
@@ -65,9 +66,18 @@ class FakeEngine:
 
     def plan(self, spec: Spec, where: Location, grant: Grant) -> Plan:
         argv = (
-            *where.argv, grant.model_path, "--socket", grant.socket, "--alias", grant.alias,
-            "--slots", str(grant.parallel), "--context", str(grant.context), *grant.args,
-        )  # fmt: skip
+            *where.argv,
+            grant.model_path,
+            "--socket",
+            grant.socket,
+            "--alias",
+            grant.alias,
+            "--slots",
+            str(grant.parallel),
+            "--context",
+            str(grant.context),
+            *grant.args,
+        )
         with open(grant.model_path) as f:
             scenario = json.load(f)
         stall = scenario.get("stall", self.stall)

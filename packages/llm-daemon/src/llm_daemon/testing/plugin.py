@@ -63,7 +63,7 @@ def generation() -> Iterator[str]:
 
 
 def survivors(generation: str, within: float = 1.0) -> list[str]:
-    """`PID: COMMAND` of each process of that generation that still lives after `within` seconds; returns as soon as there is none."""
+    """`PID: COMMAND` of each process of that generation that still lives after `within` seconds; returns once there is none."""
     import select
 
     from llm_daemon.daemon.process import GEN_TAG, tagged

@@ -30,9 +30,13 @@ async def serve(task: dict[str, Any]) -> None:
     plan = adapter.plan(Spec(Wish(model), Artifact("file", model, model)), where, grant)
     print("starting", flush=True)
     process = await EngineProcess.start(
-        plan, folder=task["folder"], env=scrubbed_env(os.environ, task["generation"]),
-        log=RotatingLog(task["folder"] + ".log"), name=adapter.name, on_exit=lambda exit: print("exit", exit, flush=True),
-    )  # fmt: skip
+        plan,
+        folder=task["folder"],
+        env=scrubbed_env(os.environ, task["generation"]),
+        log=RotatingLog(task["folder"] + ".log"),
+        name=adapter.name,
+        on_exit=lambda exit: print("exit", exit, flush=True),
+    )
     print("started", process.keeper_pid, process.pid, flush=True)
     if task.get("wait", True):
         await wait_ready(process, plan, adapter)

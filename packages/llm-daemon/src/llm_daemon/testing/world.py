@@ -1,0 +1,131 @@
+"""A world of its own for a test: folders, a real daemon in them, and the proof that nothing of it survives.  Linux."""
+
+from __future__ import annotations
+
+import os
+import select
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from ..client import sync
+
+LLM_DAEMON = str(Path(sys.executable).with_name("llm-daemon"))
+CONFIG = """
+ttl = 30
+linger = 0.2
+[engines.fake]
+adapter = "llm_daemon.testing.fake_engine:FakeEngine"
+"""
+
+
+class World:
+    """Runtime, state and config folders, and what runs in them."""
+
+    def __init__(self, base: Path) -> None:
+        self.base = base
+        self.runtime, self.state, self.config = base / "run", base / "state", base / "config.toml"
+        self.config.write_text(CONFIG)
+        self.children: list[subprocess.Popen[str]] = []
+
+    @property
+    def env(self) -> dict[str, str]:
+        """For child processes."""
+        return dict(os.environ)
+
+    def llm_daemon(self, *args: str, timeout: float = 60, **env: str) -> subprocess.CompletedProcess[str]:
+        """Runs the command line to its end."""
+        return subprocess.run(
+            [LLM_DAEMON, *args],
+            env={**self.env, **env},
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+            stdin=subprocess.DEVNULL,
+        )
+
+    def python(self, code: str, **env: str) -> subprocess.Popen[str]:
+        """Starts a program of its own; talk to it by lines."""
+        child = subprocess.Popen(
+            [sys.executable, "-c", code],
+            env={**self.env, **env},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            bufsize=1,
+        )
+        self.children.append(child)
+        return child
+
+    def client(self, model: str, **env: str) -> tuple[subprocess.Popen[str], int, int]:
+        """A process that holds a lease until its stdin ends: (process, engine pid, daemon pid)."""
+        child = self.python(
+            "import sys; from llm_daemon import attach\n"
+            f"llm = attach({model!r}); print(llm.pid, llm.daemon_pid, flush=True); sys.stdin.read()",
+            **env,
+        )
+        assert child.stdout is not None
+        engine, daemon = map(int, child.stdout.readline().split())
+        return child, engine, daemon
+
+    def generations(self) -> set[bytes]:
+        return {b"LLM_DAEMON_GEN=" + p.name[2:].encode() for p in self.runtime.glob("g-*")}
+
+    def processes(self) -> dict[int, str]:
+        """Every living daemon, keeper and engine of this world: {pid: command}."""
+        here = f"LLM_DAEMON_RUNTIME_DIR={self.runtime}".encode()
+        tags = self.generations()
+        found = {}
+        for entry in filter(str.isdigit, os.listdir("/proc")):
+            try:
+                environ = set(Path(f"/proc/{entry}/environ").read_bytes().split(b"\0"))
+                command = Path(f"/proc/{entry}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+            except OSError:
+                continue
+            if command and ((here in environ and "boot.py" in command) or environ & tags):
+                found[int(entry)] = command
+        return found
+
+    def wait_empty(self, within: float) -> float:
+        """Seconds until no process of this world lives; fails after `within`."""
+        began = time.monotonic()
+        while found := self.processes():
+            left = within - (time.monotonic() - began)
+            assert left > 0, f"still alive after {within} s: {found}"
+            wait_gone(next(iter(found)), left)
+        return time.monotonic() - began
+
+    def close(self) -> None:
+        for child in self.children:
+            if child.stdin:
+                child.stdin.close()
+            child.kill()
+            child.wait()
+            if child.stdout:
+                child.stdout.close()
+        talk = None
+        try:
+            talk = sync.connect(start_daemon=False, lease=False)
+            if talk is not None:
+                talk.ask("CALL", 10, method="stop", params={"force": True})
+        except Exception:
+            for pid in self.processes():
+                os.kill(pid, signal.SIGKILL)
+        finally:
+            if talk is not None:
+                talk.close()
+        self.wait_empty(10)
+
+
+def wait_gone(pid: int, within: float) -> bool:
+    """Waits for the end of a process that need not be our child; False if it lives on."""
+    try:
+        fd = os.pidfd_open(pid)
+    except ProcessLookupError:
+        return True
+    try:
+        return bool(select.select([fd], [], [], within)[0])
+    finally:
+        os.close(fd)
