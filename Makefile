@@ -45,7 +45,7 @@ $(STAMP): $(SETUP_FROM)
 	@echo '$(HERE)' >$@
 
 run: $(STAMP)
-	@$(BIN)/llm-daemon run smollm2-135m "Why is the sky blue? Answer in one sentence."
+	@$(BIN)/llm-daemon run smollm2-135m "Why is the sky blue? Answer in one sentence." </dev/null
 
 check: $(STAMP)
 	@$(BIN)/ruff format --check --quiet --output-format concise || { echo 'not formatted: make format' >&2; exit 1; }
@@ -56,8 +56,9 @@ check: $(STAMP)
 test: $(STAMP)
 	@$(BIN)/pytest -m 'not slow'
 
+# SECONDS=600 make soak takes ten minutes.
 soak: $(STAMP)
-	@$(BIN)/pytest -m slow --timeout 1800
+	@SECONDS="$(or $(SECONDS),120)" $(BIN)/pytest -m slow --timeout 7200
 
 bench: $(STAMP)
 	@$(BIN)/python benchmarks/run.py

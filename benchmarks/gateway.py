@@ -102,6 +102,9 @@ class Desk:
     def ended(self, ticket: str) -> None:
         pass
 
+    def lost(self, ask: Any, turn: Any, error: Any) -> bool:
+        return False
+
     def models(self) -> list[dict[str, object]]:
         return []
 

@@ -175,7 +175,11 @@ def test_an_engine_that_dies_while_idle_is_started_again_by_the_next_request(wor
 def listening(port: int = 0) -> socket.socket:
     s = socket.socket()
     s.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    s.bind(("127.0.0.1", port))
+    try:
+        s.bind(("127.0.0.1", port))
+    except OSError:
+        s.close()
+        raise
     s.listen()
     return s
 

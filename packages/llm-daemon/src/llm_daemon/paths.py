@@ -29,29 +29,29 @@ def runtime_dir() -> str:
 
 def state_dir() -> str:
     """Logs and request history: `$LLM_DAEMON_STATE_DIR`, else the platform's user state folder."""
-    if given := os.environ.get("LLM_DAEMON_STATE_DIR"):
-        return os.path.abspath(given)
-    import platformdirs
-
-    return platformdirs.user_state_dir("llm-daemon", appauthor=False)
+    return _folder("LLM_DAEMON_STATE_DIR", "user_state_dir")
 
 
 def cache_dir() -> str:
     """Downloaded models: `$LLM_DAEMON_CACHE_DIR`, else the platform's user cache folder."""
-    if given := os.environ.get("LLM_DAEMON_CACHE_DIR"):
-        return os.path.abspath(given)
-    import platformdirs
-
-    return platformdirs.user_cache_dir("llm-daemon", appauthor=False)
+    return _folder("LLM_DAEMON_CACHE_DIR", "user_cache_dir")
 
 
 def config_file() -> str:
     """`$LLM_DAEMON_CONFIG`, else `config.toml` in the platform's user config folder."""
     if given := os.environ.get("LLM_DAEMON_CONFIG"):
         return os.path.abspath(given)
+    return os.path.join(_folder("", "user_config_dir"), "config.toml")
+
+
+def _folder(variable: str, kind: str) -> str:
+    if given := os.environ.get(variable):
+        return os.path.abspath(given)
     import platformdirs
 
-    return os.path.join(platformdirs.user_config_dir("llm-daemon", appauthor=False), "config.toml")
+    found: str = getattr(platformdirs, kind)("llm-daemon", appauthor=False)
+    # A user without a home: platformdirs then leaves the ~ as it is.
+    return found if os.path.isabs(found) else os.path.join(runtime_dir(), kind)
 
 
 def log_dirs() -> list[str]:

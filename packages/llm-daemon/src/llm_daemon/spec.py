@@ -6,6 +6,7 @@ Pure: no file is opened here (`models/` resolves wishes into artifacts).
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from urllib.parse import parse_qsl, quote, urlencode
 
@@ -55,7 +56,7 @@ class Wish:
                 args.append(value)
             else:
                 options[key] = value
-        return cls.of(name.strip(), args=args, **options)
+        return cls(name.strip())._with({**options, "args": args})
 
     @classmethod
     def of(cls, model: str, **options: object) -> Wish:
@@ -64,12 +65,15 @@ class Wish:
         Options that are None are as if not given.  `model` may itself be a spec string; options given by
         keyword win over those inside it.
         """
-        known = {f.name for f in fields(cls)} - {"model"}
+        base = cls.parse(model) if "?" in model or "@" in model else cls(model)
+        return base._with(options)
+
+    def _with(self, options: Mapping[str, object]) -> Wish:
+        known = {f.name for f in fields(self)} - {"model"}
         if unknown := sorted(set(options) - known):
             raise UsageError(
                 f"unknown option {unknown[0]!r} in model spec", code="bad_spec", hint="options are " + ", ".join(sorted(known))
             )
-        base = cls.parse(model) if "?" in model or "@" in model else cls(model)
         changes: dict[str, object] = {}
         for key, value in options.items():
             if value is None or (key == "args" and not value):
@@ -83,7 +87,7 @@ class Wish:
             else:
                 value = str(value)
             changes[key] = value
-        return replace(base, **changes)  # type: ignore[arg-type]
+        return replace(self, **changes)  # type: ignore[arg-type]
 
     def to_wire(self) -> dict[str, object]:
         """JSON object for the control socket; `Wish.of(**wire)` reads it back."""

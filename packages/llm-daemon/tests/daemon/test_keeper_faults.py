@@ -42,6 +42,24 @@ def test_daemon_killed(fake_model: FakeModel, tmp_path: Path, generation: str, s
         assert not survivors(generation, within=1.0)
 
 
+def test_a_leaked_lifeline_does_not_keep_the_engine(fake_model: FakeModel, tmp_path: Path, generation: str) -> None:
+    """A child of the daemon holds a copy of the pipe: no end of file, but the keeper watches the daemon's pidfd, too."""
+    with daemon(fake_model(), tmp_path, generation, leak=True) as process:
+        process.stdout.readline()
+        process.stdout.readline()
+        assert process.stdout.readline() == "ready\n"
+        children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        (leak,) = [int(pid) for pid in children if b"keeper.py" not in Path(f"/proc/{pid}/cmdline").read_bytes()]
+        pidfd = os.pidfd_open(leak)
+        try:
+            kill(process)
+            assert not survivors(generation, within=1.0)
+        finally:
+            signal.pidfd_send_signal(pidfd, signal.SIGKILL)
+            select.select([pidfd], [], [], 5)
+            os.close(pidfd)
+
+
 def test_daemon_killed_while_loading(fake_model: FakeModel, tmp_path: Path, generation: str) -> None:
     with daemon(fake_model(never_ready=True, grandchild=True), tmp_path, generation, wait=False) as process:
         process.stdout.readline()

@@ -60,6 +60,7 @@ class FakeDesk:
         self.route, self.log = route, Log()
         self.turns: dict[str, Turn] = {}
         self.open_tickets: set[str] = set()
+        self.takes_back = False  # whether a ticket whose engine died before its first byte is run again
         self.when_opened: Callable[[Ask, Turn], None] = lambda ask, turn: turn.run(self.route)
 
     def hold(self) -> None:
@@ -87,6 +88,12 @@ class FakeDesk:
         assert ticket in self.open_tickets, f"{ticket} ended twice"
         self.open_tickets.remove(ticket)
         self.log.add("ended", ticket)
+
+    def lost(self, ask: Ask, turn: Turn, error: LlmDaemonError) -> bool:
+        if self.takes_back:
+            self.log.add("lost", ask.ticket)
+            self.when_opened(ask, turn)
+        return self.takes_back
 
     def models(self) -> list[dict[str, object]]:
         return [{"id": "m", "object": "model"}, {"id": "a/b?context=1", "object": "model"}]
@@ -141,19 +148,28 @@ class FakeEngine:
         self.calls: list[EngineCall] = []
         self._connections = 0
         self._tasks: set[asyncio.Task[Any]] = set()
+        self._writers: set[asyncio.StreamWriter] = set()
+        self._stopped = False
         self._server: asyncio.Server | None = None
 
     async def start(self) -> None:
         self._server = await asyncio.start_unix_server(self._accept, self.path)
 
     async def stop(self) -> None:
-        if self._server is not None:
-            self._server.close()
+        assert self._server is not None
+        self._server.close()
+        self._stopped = True
+        for writer in self._writers:  # a task that has not begun yet closes nothing
+            writer.transport.abort()
         for task in list(self._tasks):
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
     def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self._writers.add(writer)
+        if self._stopped:
+            writer.transport.abort()
+            return
         task = asyncio.get_running_loop().create_task(self._serve(reader, writer))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)

@@ -413,6 +413,43 @@ def test_death_before_the_head(run: Any, world: Any, said: bytes) -> None:
             assert w.desk.log.all("ended") != []
             assert (await client.ask("GET", "/health")).status == 200
 
+
+def test_the_desk_may_have_a_lost_request_run_once_more(run: Any, world: Any) -> None:
+    async def script(call: EngineCall) -> None:
+        bodies.append(call.body)
+        if len(bodies) == 1:
+            call.writer.close()
+        else:
+            await call.answer(b"{}")
+
+    bodies: list[bytes] = []
+
+    async def main() -> None:
+        async with world() as w:
+            w.engine.script, w.desk.takes_back = script, True
+            client = await w.client()
+            answer = await client.ask()
+            assert (answer.status, answer.headers["x-llm-replayed"]) == (200, "1")
+            assert bodies[0] == bodies[1] != b""
+            assert len(w.desk.log.all("lost")) == len(w.desk.log.all("ended")) == 1
+
+    run(main())
+
+
+def test_a_request_is_never_run_a_third_time(run: Any, world: Any) -> None:
+    async def script(call: EngineCall) -> None:
+        call.writer.close()
+
+    async def main() -> None:
+        async with world() as w:
+            w.engine.script, w.desk.takes_back = script, True
+            client = await w.client()
+            answer = await client.ask()
+            assert (answer.status, answer.error["code"]) == (502, "engine_gone")
+            assert len(w.desk.log.all("lost")) == len(w.desk.log.all("ended")) == 1
+
+    run(main())
+
     run(main())
 
 

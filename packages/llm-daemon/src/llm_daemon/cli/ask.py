@@ -159,8 +159,8 @@ def _told(status: int, detail: object) -> errors.LlmDaemonError:
     elif status < 500:
         kind = errors.UsageError
     extra = {k: detail[k] for k in ("last_words", "log", "retry_after") if k in detail}
-    code = detail.get("code")
-    return kind(
-        str(detail.get("message") or detail), hint=str(detail.get("hint") or ""), code=code if isinstance(code, str) else None,
-        status=status, **extra,
-    )  # fmt: skip
+    code, message = detail.get("code"), str(detail.get("message") or detail)
+    hint = str(detail.get("hint") or "")
+    if not hint and "context size" in message:  # llama.cpp's words
+        hint = "say less (in a chat: /clear), or load it with more room: --context TOKENS"
+    return kind(message, hint=hint, code=code if isinstance(code, str) else None, status=status, **extra)

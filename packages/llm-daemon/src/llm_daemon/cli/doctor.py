@@ -71,6 +71,7 @@ def examine() -> Iterator[Finding]:
     for name, check in CHECKS.items():
         try:
             result = check(settings)
+            found = [] if isinstance(result, Settings) else list(result)
         except errors.LlmDaemonError as e:
             yield Finding(name, FAIL, e.message, e.hint)
             continue
@@ -78,7 +79,7 @@ def examine() -> Iterator[Finding]:
             settings, path = result, paths.config_file()
             yield Finding(name, OK, path if os.path.exists(path) else f"{path} (none, defaults hold)")
         else:
-            for state, text, hint in result:
+            for state, text, hint in found:
                 yield Finding(name, state, text, hint)
 
 

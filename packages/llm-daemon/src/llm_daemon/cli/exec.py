@@ -76,7 +76,8 @@ def _run(program: str, cmd: tuple[str, ...], environ: dict[str, str], lease: Any
     except OSError as e:
         why = "it has no known format (a script without #! ?)" if e.errno == errno.ENOEXEC else str(e.strerror)
         return _refuse(cmd[0], why, NOT_FOUND if e.errno == errno.ENOENT else NOT_EXECUTABLE)
-    threading.Thread(target=link.stay, args=(lease, _tell), daemon=True).start()
+    over = threading.Event()
+    threading.Thread(target=link.stay, args=(lease, _tell, over), daemon=True).start()
     try:
         while True:
             number, from_terminal = _next_signal(watched)
@@ -88,6 +89,7 @@ def _run(program: str, cmd: tuple[str, ...], environ: dict[str, str], lease: Any
             elif not from_terminal:  # a key on the terminal has reached the program too: it must not count twice
                 os.kill(pid, number)
     finally:
+        over.set()
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 

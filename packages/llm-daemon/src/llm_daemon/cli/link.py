@@ -89,20 +89,25 @@ def wait_lost(lease: Any) -> None:
     poll.poll()
 
 
-def stay(lease: Any, say: Callable[[str], None]) -> None:
-    """Attaches again whenever the daemon dies, for ever.  After a failure, or a short life, it waits longer each time."""
-    pause, rest = PAUSE, threading.Event()
-    while True:
+def stay(lease: Any, say: Callable[[str], None], over: threading.Event) -> None:
+    """Attaches again whenever the daemon dies, until `over` is set, which comes before the lease is closed.
+
+    After a failure, or a short life, it waits longer each time.
+    """
+    pause = PAUSE
+    while not over.is_set():
         wait_lost(lease)
+        if over.is_set():
+            return
         say("the daemon has ended; attaching again")
         try:
             lease.refresh()
             say(f"attached again: {lease.base_url}")
-            rest.wait(pause)
+            over.wait(pause)
             if lease.is_open():
                 pause = PAUSE
                 continue
         except (errors.LlmDaemonError, OSError) as e:
             say(f"cannot attach again, will try later: {e}")
-            rest.wait(pause)
+            over.wait(pause)
         pause = min(2 * pause, LONGEST_PAUSE)

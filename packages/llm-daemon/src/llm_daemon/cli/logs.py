@@ -43,6 +43,14 @@ def command(model: str | None, follow: bool, daemon: bool, lines: int) -> None:
     if model is not None and daemon:
         raise errors.UsageError("--daemon and a model exclude each other", hint="leave both out to see both")
     tails: dict[str, Tail] = {}
+    try:
+        _show(tails, model, follow, daemon, lines)
+    finally:
+        for tail in tails.values():
+            tail.close()
+
+
+def _show(tails: dict[str, Tail], model: str | None, follow: bool, daemon: bool, lines: int) -> None:
     for name, path in sorted(_wanted(model, daemon).items(), key=lambda pair: _age(pair[1]), reverse=True):
         tails[path] = Tail(path, name)
         for line in tails[path].last(lines, unfinished=not follow):
@@ -129,12 +137,16 @@ class Tail:
         while self._rotated():
             if self._rest:
                 yield self._rest
-            assert self._file is not None
-            self._file.close()
-            self._file, self._rest = None, b""
+            self.close()
             if not self._open():
                 return
             yield from self._read()
+
+    def close(self) -> None:
+        """Forgets the file; a later read begins at the start of what has the name then."""
+        if self._file is not None:
+            self._file.close()
+        self._file, self._rest = None, b""
 
     def _open(self) -> bool:
         if self._file is None:

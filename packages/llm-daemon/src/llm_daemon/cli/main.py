@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 from importlib import import_module
@@ -9,7 +10,7 @@ from io import TextIOWrapper
 
 import click
 
-from ..errors import Bug, LlmDaemonError
+from ..errors import Bug, LlmDaemonError, Unavailable
 from .words import clean, is_terminal
 
 # One line each, so that `--help` need not import the commands; a test holds them against the commands' own words.
@@ -29,6 +30,7 @@ COMMANDS = {
     "config": "Show every setting and where it comes from.",
 }
 BROKEN_PIPE = 141  # 128 + SIGPIPE: what a shell sees of any program whose reader has left
+OUTPUT = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)  # of a write to what stands behind `>`
 ENDINGS = (
     "Exit status: 0 fine, 2 wrong usage, 69 the engine's fault, 70 our bug, 75 try again later, 130 interrupted. "
     "Errors go to stderr with a hint."
@@ -122,10 +124,11 @@ def run(args: list[str]) -> int:
         except OSError as e:
             if isinstance(e, BrokenPipeError):
                 raise
-            if not (wrong := _about_output(e)):
+            if e.errno not in OUTPUT or e.filename is not None:
                 return _crashed(e, "--debug" in args)
-            _say(wrong)
-            return 75
+            _drop_output()
+            _say(f"cannot write the output: {e.strerror}")
+            return Unavailable.exit_status
         except Exception as e:
             return _crashed(e, "--debug" in args)
     except BrokenPipeError:  # `... | head`: they have what they wanted
@@ -151,16 +154,6 @@ def _usage(error: click.ClickException) -> int:
 def _flush() -> None:
     if sys.stdout is not None:
         sys.stdout.flush()
-
-
-def _about_output(error: OSError) -> str:
-    """What is wrong if it was our own output that failed (a full disk behind `>`), else nothing."""
-    try:
-        _flush()
-    except OSError as e:
-        _drop_output()
-        return f"cannot write the output: {e.strerror}"
-    return ""
 
 
 def _drop_output() -> None:

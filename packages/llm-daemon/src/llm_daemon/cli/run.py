@@ -68,7 +68,7 @@ def command(
     try:
         lease = link.attach(name, quiet, engine=engine, context=context)
     except errors.UsageError as e:
-        if e.code == "unknown_model" and prompt and model is not None:
+        if e.code == "unknown_model" and prompt and model is not None and not link.sync.is_path(model):
             e.hint += f"; to ask the default model, put the whole question in quotes: {' '.join((model, *prompt))[:60]!r}"
         raise
     with lease:

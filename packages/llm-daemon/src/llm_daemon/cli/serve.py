@@ -60,8 +60,8 @@ def command(
         link.resolve(model, engine=engine, context=context)  # before anything is started
     if port is not None:
         if (talk := link.look()) is not None:
-            _check_port(talk.welcome, port)
             talk.close()
+            _check_port(talk.welcome, port)
         os.environ["LLM_DAEMON_PORT"] = str(port)
     leases = [link.attach(model, quiet, engine=engine, context=context) for model in models] or [Presence()]
     welcome = leases[0]._talk.welcome
@@ -105,8 +105,9 @@ def _announce(welcome: dict[str, Any], models: list[str], show_key: bool) -> Non
 def _keep(leases: list[Any]) -> NoReturn:
     """Stays until a signal; says when the daemon had to be looked for again, once for all leases."""
     said: queue.SimpleQueue[str] = queue.SimpleQueue()
+    over = threading.Event()  # never: a signal ends us
     for lease in leases:
-        threading.Thread(target=link.stay, args=(lease, said.put), daemon=True).start()
+        threading.Thread(target=link.stay, args=(lease, said.put, over), daemon=True).start()
     last = ""
     while True:
         text = said.get()

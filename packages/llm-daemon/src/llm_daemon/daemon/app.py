@@ -23,6 +23,7 @@ from typing import Any
 from .. import errors, paths
 from ..core import events as ev
 from ..core.events import Command, Event
+from ..core.instance import State
 from ..core.leases import Leases
 from ..core.machine import Machine
 from ..models.fetch import fetch
@@ -39,6 +40,7 @@ from .sweep import sweep
 log = logging.getLogger("llm_daemon")
 BEAT = 10.0  # seconds between two looks at ourselves: rare, because an idle daemon should sleep
 WEDGED = 6  # beats of the watchdog without one of the loop
+DEATH_NOTICE = 1.0  # seconds an engine that broke off is given to turn out dead
 TOUCH_EVERY = 360  # beats between touches of our files, so that no cleaner of old files takes them
 
 
@@ -108,6 +110,8 @@ class Daemon:
             case ev.Start(instance, spec):
                 self.supervisor.start(instance, spec)
             case ev.Halt(instance, force):
+                if (live := self.supervisor.live.get(instance)) and live.process:
+                    self.gateway.cut(live.process.socket)  # llama-server waits half a minute for open streams after SIGTERM
                 self.supervisor.halt(instance, force)
             case ev.Run(ticket, instance):
                 process = self.supervisor.live[instance].process
@@ -280,8 +284,34 @@ class Daemon:
     def cancel(self, ticket: str) -> None:
         if task := self.asking.pop(ticket, None):
             task.cancel()
-        elif self.turns.pop(ticket, None) is not None:
+        if self.turns.pop(ticket, None) is not None:
             self.post(ev.Ended(ticket))
+
+    def lost(self, ask: Ask, turn: Turn, error: errors.LlmDaemonError) -> bool:
+        """The engine went before its first byte: if it is dead, the request is put to the next one, once."""
+        instance = self.machine.instances.get(self.machine.tickets.get(ask.ticket, ""))
+        if instance is None or instance.state is State.STOPPING:  # stopped by hand: that is an end, not an accident
+            return False
+        live = self.supervisor.live.get(instance.id)
+        process = live.process if live else None
+
+        async def later() -> None:
+            dead = True
+            if process is not None:  # its end is noticed a moment after its sockets close
+                with suppress(TimeoutError):
+                    async with asyncio.timeout(DEATH_NOTICE):
+                        await process.wait()
+                dead = process.exit is not None
+            if self.asking.pop(ask.ticket, None) is None:
+                return
+            self.ended(ask.ticket)
+            if dead:
+                self.open(ask, turn)
+            else:
+                turn.refuse(error)
+
+        self.asking[ask.ticket] = asyncio.create_task(later())
+        return True
 
     def ended(self, ticket: str) -> None:
         if self.turns.pop(ticket, None) is not None:

@@ -78,6 +78,13 @@ class Desk(Protocol):
         """After `Turn.run`: the engine has answered in full, or is gone."""
         ...
 
+    def lost(self, ask: Ask, turn: Turn, error: LlmDaemonError) -> bool:
+        """After `Turn.run`: the engine is gone before its first byte, and nothing was told to the client.
+
+        True takes the ticket back: it waits again, `turn.run` or `turn.refuse` follows.  False: it is over, and `ended` follows.
+        """
+        ...
+
     def models(self) -> list[dict[str, object]]:
         """The `data` of `GET /v1/models`, one object with an `id` for each model."""
         ...
@@ -212,8 +219,8 @@ class Exchange:
     """One ticket: a client's request, its turn with the desk, the engine's answer."""
 
     __slots__ = (
-        "_call", "_chunked", "_connection", "_gateway", "_head", "_opened",
-        "_ran", "_request", "_route", "_state", "_tail", "ask",
+        "_call", "_chunked", "_connection", "_gateway", "_head", "_keep", "_opened",
+        "_ran", "_replayed", "_request", "_route", "_state", "_tail", "ask",
     )  # fmt: skip
 
     def __init__(self, gateway: Gateway, connection: Connection, request: Request, ask: Ask) -> None:
@@ -224,6 +231,8 @@ class Exchange:
         self._opened = self._ran = 0.0
         self._head: Head | None = None
         self._chunked = False  # how the client gets the body
+        self._replayed = False  # taken back by the desk once: never a second time
+        self._keep = True  # the client can tell where the answer ends
         self._tail = b""  # last piece of an event stream
 
     def open(self) -> None:
@@ -247,7 +256,6 @@ class Exchange:
         if route.headers:
             headers += [(name.encode("ascii"), value.encode("ascii")) for name, value in route.headers]
         message = request_bytes(self.ask.path, headers, self._request.body)
-        self._request.body = b""
         self._call = self._gateway.pool.call(route.socket, message, self)
 
     def refuse(self, error: LlmDaemonError) -> None:
@@ -281,7 +289,10 @@ class Exchange:
     # -- called by the engine's side
 
     def answer(self, head: Head | None, body: list[bytes], last: bool) -> None:
-        out = [] if head is None else [self._begin(head)]
+        out = []
+        if head is not None:
+            self._request.body = b""  # no way back from here
+            out.append(self._begin(head))
         if self._chunked:
             # Framed anew, piece by piece as they came: an engine that breaks off inside a chunk then leaves us at the
             # end of one, and nothing in its framing (extensions, trailers, lies) reaches the client.
@@ -295,10 +306,9 @@ class Exchange:
         if out:
             self._connection.write(b"".join(out))
         if last:
-            keep = self._keeps_connection
             self._end()
             self._gateway.desk.ended(self.ask.ticket)
-            self._connection.finished(self._request, keep=keep)
+            self._connection.finished(self._request, keep=self._keep)
 
     def lost(self, reason: str) -> None:
         instance = self._route.instance if self._route else "?"
@@ -307,6 +317,11 @@ class Exchange:
             code="engine_gone",
             hint="ask again; `llm-daemon logs` shows the engine's last words",
         )
+        if self._head is None and not self._replayed:
+            self._replayed, self._state, self._call = True, "waiting", None
+            if self._gateway.desk.lost(self.ask, self, error):
+                return
+            self._replayed = False
         self._end()
         self._gateway.desk.ended(self.ask.ticket)
         self._give(error)
@@ -323,11 +338,6 @@ class Exchange:
         self._state, self._call = "over", None
         self._gateway.busy -= 1
 
-    @property
-    def _keeps_connection(self) -> bool:
-        """Whether the client can tell where the answer ends (or there is none yet)."""
-        return self._head is None or self._chunked or not (self._head.chunked or self._head.until_close)
-
     def _own_headers(self) -> bytes:
         """Header lines of the ticket."""
         now, ticket = perf_counter(), self.ask.ticket
@@ -339,6 +349,8 @@ class Exchange:
             if not (instance.isascii() and instance.isprintable()):  # a model's name may hold anything
                 instance = ascii(instance)
             text = f"X-LLM-Ticket: {ticket}\r\nX-LLM-Instance: {instance}\r\nServer-Timing: {timing}\r\n"
+            if self._replayed:
+                text += "X-LLM-Replayed: 1\r\n"
         return text.encode("ascii")
 
     def _begin(self, head: Head) -> bytes:
@@ -348,9 +360,11 @@ class Exchange:
         lines = [b"HTTP/1.1 %d %b\r\n" % (head.status, head.reason), *head.lines, self._own_headers()]
         if self._chunked:
             lines.append(b"Transfer-Encoding: chunked\r\n")
-        elif head.length is not None and not head.chunked:
+        elif head.chunked or head.until_close:
+            self._keep = False
+        elif head.length is not None:
             lines.append(b"Content-Length: %b\r\n" % head.length)
-        if old or not self._request.keep_alive or not self._keeps_connection:
+        if old or not (self._keep and self._request.keep_alive):
             lines.append(b"Connection: close\r\n")
         return b"".join(lines) + b"\r\n"
 

@@ -330,8 +330,8 @@ class EngineProcess:
                     last_words=self.last_words(),
                 )
             )
-            self._on_exit = None
-        self._loop.call_soon(self._notify)  # later than whoever awaits `start`: the caller has the object by then
+        # Later than whoever awaits `start`: it has the object by then, or has taken `on_exit` away.
+        self._loop.call_soon(self._notify)
 
     def _notify(self) -> None:
         if self._on_exit is not None and self.exit is not None:

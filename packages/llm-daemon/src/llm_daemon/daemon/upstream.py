@@ -115,11 +115,6 @@ class Link(asyncio.Protocol):
             self._sock.shutdown(socket.SHUT_RDWR)
         self.transport.abort()
 
-    @property
-    def is_fit(self) -> bool:
-        """Whether another request may be sent: alive, answered in full, and the last request was read in full."""
-        return self._reader.reusable and not self._dead and self.transport.get_write_buffer_size() == 0
-
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self.transport = cast(asyncio.Transport, transport)
 
@@ -141,7 +136,8 @@ class Link(asyncio.Protocol):
             self._call = None
             call.close()
             self._used = True
-            self._pool.put(self)  # first: whoever is served next may want it
+            # First: whoever is served next may want it.  Fit is what is alive and had its last request read in full.
+            self._pool.put(self, self._reader.reusable and self.transport.get_write_buffer_size() == 0)
         if last or body or head is not None:
             call.sink.answer(head, body, last)
 
@@ -225,16 +221,15 @@ class Pool:
             del self._idle[path]
         return link
 
-    def put(self, link: Link) -> None:
-        """Keeps a connection whose call is complete, or closes it."""
-        idle = self._idle.setdefault(link.path, [])
-        if not link.is_fit or len(idle) >= self._keep:
-            if not idle:
-                del self._idle[link.path]
+    def put(self, link: Link, fit: bool) -> None:
+        """Keeps a connection whose call is complete and that is fit for another, or closes it."""
+        idle = self._idle.get(link.path, [])
+        if not fit or len(idle) >= self._keep:
             link.kill()
             return
         link.transport.resume_reading()  # a slow client may have paused it with its last piece
         idle.append((link, monotonic()))
+        self._idle[link.path] = idle
         if self._timer is None:
             self._timer = asyncio.get_running_loop().call_later(self._idle_for, self._sweep)
 

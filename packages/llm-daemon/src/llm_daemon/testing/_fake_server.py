@@ -39,11 +39,12 @@ class Server:
             self.leave_grandchild()
         if self.scenario.get("while_loading", "503") == "refuse":
             self.load()
+            self.ready = True  # first: who can connect is served
             self.listen()
         else:
             self.listen()
             self.load()
-        self.ready = True
+            self.ready = True
         self.log("ready")
         while True:
             signal.pause()

@@ -1,7 +1,8 @@
 """A process that stands in for the daemon, so that tests can kill it: starts one engine and waits for its own end.
 
 Run as `python -m llm_daemon.testing.stand_in JSON`, keys `adapter` ("module:Class"), `config`, `model`, `folder`,
-`generation`, `parallel`, `wait` (until ready).  Prints `starting`, `started KEEPER ENGINE`, then `ready`.
+`generation`, `parallel`, `wait` (until ready), `leak` (a forked child keeps every file descriptor open).
+Prints `starting`, `started KEEPER ENGINE`, then `ready`.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import asyncio
 import importlib
 import json
 import os
+import signal
 import sys
 from typing import Any
 
@@ -37,6 +39,8 @@ async def serve(task: dict[str, Any]) -> None:
         name=adapter.name,
         on_exit=lambda exit: print("exit", exit, flush=True),
     )
+    if task.get("leak") and os.fork() == 0:  # as a careless library would: a copy of every file descriptor lives on
+        signal.pause()
     print("started", process.keeper_pid, process.pid, flush=True)
     if task.get("wait", True):
         await wait_ready(process, plan, adapter)

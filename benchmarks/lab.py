@@ -1,0 +1,189 @@
+"""Where measurements happen: private folders, processes that end by themselves, clocks."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from llm_daemon.client import sync
+from llm_daemon.testing.world import World
+
+HERE = Path(__file__).resolve().parent
+FOLDERS = ("RUNTIME_DIR", "STATE_DIR", "CONFIG")
+
+
+@dataclass(frozen=True, slots=True)
+class Effort:
+    """How often things are done, and how long idleness is watched (seconds)."""
+
+    attaches: int
+    processes: int
+    starts: int
+    loads: int
+    requests: int
+    idle: float
+    pause: float  # for the look at what others do, before each section
+    gateway: tuple[str, ...] = ()
+
+
+FULL = Effort(attaches=600, processes=40, starts=6, loads=15, requests=200, idle=20.0, pause=1.0)
+QUICK = Effort(attaches=100, processes=8, starts=2, loads=5, requests=30, idle=2.5, pause=0.2, gateway=("--quick",))
+TINY = Effort(attaches=3, processes=1, starts=1, loads=1, requests=2, idle=0.2, pause=0.0, gateway=("--quick",))
+
+
+def own_environment() -> None:
+    """Takes the user's settings away from us and our children; models stay where they are, or next to the tests' own."""
+    kept = os.environ.get("LLM_DAEMON_CACHE_DIR", str(HERE.parent / ".cache" / "models"))
+    for name in [n for n in os.environ if n.startswith("LLM_DAEMON_")]:
+        del os.environ[name]
+    os.environ["LLM_DAEMON_CACHE_DIR"] = kept
+
+
+@contextmanager
+def world(config: str = "") -> Iterator[World]:
+    """Folders of our own for a daemon; at the end it is stopped and nothing is left."""
+    base = Path(tempfile.mkdtemp(prefix="llmd-"))  # short: unix sockets have short names
+    here = World(base)
+    here.config.write_text(here.config.read_text() + config)
+    for name, path in zip(FOLDERS, (here.runtime, here.state, here.config), strict=True):
+        os.environ[f"LLM_DAEMON_{name}"] = str(path)
+    try:
+        yield here
+    finally:
+        try:
+            here.close()
+        finally:
+            for name in FOLDERS:
+                del os.environ[f"LLM_DAEMON_{name}"]
+            shutil.rmtree(base)
+
+
+def fake_model(here: World, **scenario: object) -> str:
+    """The path of a model for the scripted engine (llm_daemon.testing.fake_engine)."""
+    path = here.base / f"{len(list(here.base.glob('*.fake.json')))}.fake.json"
+    path.write_text(json.dumps(scenario))
+    return str(path)
+
+
+def status() -> dict[str, Any]:
+    """What the running daemon says of itself."""
+    talk = sync.connect(start_daemon=False, lease=False)
+    if talk is None:
+        raise RuntimeError("the daemon has gone")
+    try:
+        result: dict[str, Any] = talk.ask("CALL", 10, method="status")["result"]
+        return result
+    finally:
+        talk.close()
+
+
+@contextmanager
+def child(*argv: str) -> Iterator[subprocess.Popen[str]]:
+    """A Python program that says one line when it is ready, and ends when its stdin does."""
+    with subprocess.Popen([sys.executable, *argv], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdin is not None and process.stdout is not None
+        try:
+            if not process.stdout.readline():
+                raise RuntimeError(f"{argv[0]} did not start")
+            yield process
+        finally:
+            process.stdin.close()
+            process.wait()
+
+
+def interleaved(ways: Mapping[str, Callable[[], float]], rounds: int, seed: int = 1) -> dict[str, list[float]]:
+    """Each way once a round, in random order, so that whatever else the machine does meets all of them alike."""
+    order, rng = list(ways), random.Random(seed)
+    found: dict[str, list[float]] = {way: [] for way in ways}
+    for _ in range(rounds):
+        rng.shuffle(order)
+        for way in order:
+            found[way].append(ways[way]())
+    return found
+
+
+def run_program(*argv: str) -> tuple[float, float]:
+    """Milliseconds of wall clock and of CPU that a whole process takes, from spawn to its end."""
+    began = time.perf_counter()
+    pid = os.posix_spawn(argv[0], argv, os.environ)
+    _, code, usage = os.wait4(pid, 0)
+    wall = (time.perf_counter() - began) * 1e3
+    if code:
+        raise RuntimeError(f"{' '.join(argv)} ended with {os.waitstatus_to_exitcode(code)}")
+    return wall, (usage.ru_utime + usage.ru_stime) * 1e3
+
+
+class Http:
+    """A client that does next to nothing: one connection, kept as long as the server keeps it."""
+
+    def __init__(self, address: str | tuple[str, int]) -> None:
+        self.address, self.sock = address, socket.socket()
+        self.sock.close()
+
+    def post(self, message: bytes) -> tuple[int, float, bytes]:
+        """(status, microseconds, body).  Connecting is not counted."""
+        if self.sock.fileno() < 0:
+            self.sock = socket.socket(socket.AF_UNIX if isinstance(self.address, str) else socket.AF_INET)
+            self.sock.settimeout(30)
+            self.sock.connect(self.address)
+            if not isinstance(self.address, str):
+                self.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        began = time.perf_counter_ns()
+        self.sock.sendall(message)
+        data = b""
+        while not self._complete(data):
+            if not (more := self.sock.recv(65536)):
+                raise ConnectionError(f"{self.address} closed the connection: {data[:200]!r}")
+            data += more
+        took = (time.perf_counter_ns() - began) / 1e3
+        head, _, body = data.partition(b"\r\n\r\n")
+        if b"connection: close" in head.lower():  # llama.cpp does so after 100 requests
+            self.sock.close()
+        return int(head.split(None, 2)[1]), took, body
+
+    @staticmethod
+    def _complete(data: bytes) -> bool:
+        head, end, body = data.partition(b"\r\n\r\n")
+        if not end:
+            return False
+        _, found, rest = head.lower().partition(b"content-length: ")
+        return len(body) >= int(rest.partition(b"\r")[0]) if found else body.endswith(b"0\r\n\r\n")
+
+    def close(self) -> None:
+        self.sock.close()
+
+
+def request(path: str, body: Mapping[str, object], token: str = "") -> bytes:
+    text = json.dumps(body).encode()
+    head = f"POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: {len(text)}\r\n"
+    if token:
+        head += f"Authorization: Bearer {token}\r\n"
+    return head.encode() + b"\r\n" + text
+
+
+# -- what the kernel knows about a process
+
+
+def switches(pid: int) -> int:
+    """How often any thread of the process was put on a core: each time it gave one up, by itself or not."""
+    total = 0
+    for path in Path(f"/proc/{pid}/task").glob("*/status"):
+        total += sum(int(line.split()[1]) for line in path.read_text().splitlines() if "_ctxt_switches" in line)
+    return total
+
+
+def cpu_ms(pid: int) -> float:
+    """Milliseconds of CPU time of all living threads (schedstat counts nanoseconds; /proc/PID/stat only ticks of 10 ms)."""
+    return sum(int(path.read_text().split()[0]) for path in Path(f"/proc/{pid}/task").glob("*/schedstat")) / 1e6

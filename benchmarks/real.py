@@ -1,0 +1,197 @@
+"""What the daemon adds to real engines with the starter model: cold start, and requests through the gateway."""
+
+from __future__ import annotations
+
+import functools
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+from benchmarks import gateway
+from benchmarks.lab import Effort, Http, interleaved, request, status, world
+from benchmarks.report import Row, Section
+
+from llm_daemon import Progress, attach, paths
+from llm_daemon.config import Settings
+from llm_daemon.daemon.process import scrubbed_env
+from llm_daemon.daemon.supervisor import SOCKET
+from llm_daemon.engines.base import Grant, Location, Missing, Plan, usable_cores
+from llm_daemon.engines.registry import Registry
+from llm_daemon.models.catalog import Catalog
+from llm_daemon.models.fetch import fetch_sync
+from llm_daemon.models.gguf import read_header
+from llm_daemon.spec import Wish
+from llm_daemon.testing.world import World
+
+STEP = 0.002  # seconds between two looks at a starting engine
+PATIENCE = 60.0
+
+
+def config(llama_server: str | None) -> str:
+    return f'[engines.llama-server]\npath = "{llama_server}"\n' if llama_server else ""
+
+
+def engines(llama_server: str | None) -> dict[str, Location | Missing]:
+    registry = Registry({"llama-server": {"path": llama_server}} if llama_server else {})
+    return {name: registry.locate(name) for name in ("xllamacpp", "llama-server")}
+
+
+# -- cold start
+
+
+def cold_start(effort: Effort, out: Section, llama_server: str | None, model: str) -> None:
+    """From no daemon at all to an engine that answers, against the engine's own start with the same command line."""
+    for name, where in engines(llama_server).items():
+        if isinstance(where, Missing):
+            out.notes.append(f"{name}: not measured, {where.reason}")
+            continue
+        plan = plan_for(name, where, model)
+        # Only the engine's own start gets a world that names it: the other one has no llama-server to look at.
+        with world(config(llama_server) if name == "llama-server" else "") as here:
+            spawned: list[float] = []
+            run_ours = functools.partial(ours, here, name, model, plan, spawned)
+            run_alone = functools.partial(alone, here.base / "engine", plan)
+            interleaved({"ours": run_ours, "alone": run_alone}, 1)  # warm: the files are in memory
+            spawned.clear()
+            found = interleaved({"ours": run_ours, "alone": run_alone}, effort.starts)
+        out.rows += [
+            Row.of(
+                f"{name}: nothing to READY", "ms", found["ours"], found["alone"],
+                against="engine alone", target=80.0, judged="difference",
+            ),
+            Row.of(f"{name}: of this, before the engine runs", "ms", spawned),
+        ]  # fmt: skip
+        out.extra[name] = {**found, "until_engine_runs": spawned, "version": where.version, "argv": list(plan.argv)}
+
+
+def plan_for(engine: str, where: Location, model: str) -> Plan:
+    """The plan that a daemon with default settings makes for this model."""
+    settings = Settings()
+    spec = Catalog.load({}).resolve(Wish.of(model, engine=engine))
+    path = fetch_sync(spec.artifact, Path(paths.cache_dir()))
+    context = min(settings.context, read_header(path).context_length or settings.context)
+    grant = Grant(
+        str(path), alias=spec.model, socket=SOCKET, context=context, parallel=settings.parallel,
+        threads=max(1, usable_cores() - 1),
+    )  # fmt: skip
+    return Registry({}).get(engine).plan(spec, where, grant)
+
+
+def ours(here: World, engine: str, model: str, plan: Plan, spawned: list[float]) -> float:
+    """Milliseconds of an attach when nothing runs; then everything is stopped again."""
+    marks: list[float] = []
+
+    def listen(progress: Progress) -> None:
+        if progress.message == "starting":  # the keeper has just said that the engine runs
+            marks.append(time.perf_counter())
+
+    began = time.perf_counter()
+    lease = attach(model, engine=engine, on_progress=listen)
+    took = (time.perf_counter() - began) * 1e3
+    try:
+        (instance,) = status()["instances"]
+        if instance["argv"] != list(plan.argv):
+            raise RuntimeError(f"not the same start: the daemon runs {instance['argv']}, we {list(plan.argv)}")
+    finally:
+        lease.close()
+        here.close()
+    spawned.append((marks[0] - began) * 1e3)
+    return took
+
+
+def alone(folder: Path, plan: Plan) -> float:
+    """Milliseconds from spawn to the first 200 of an engine without us; then it is killed."""
+    folder.mkdir()
+    address = str(folder / plan.address)
+    with open(folder / "log", "wb") as log:
+        began = time.perf_counter()
+        engine = subprocess.Popen(
+            plan.argv, cwd=folder, env={**scrubbed_env(os.environ, "bench"), **plan.env},
+            stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True,
+        )  # fmt: skip
+    try:
+        while not answers(address, plan.probe.path):
+            if engine.poll() is not None or time.perf_counter() - began > PATIENCE:
+                words = (folder / "log").read_text(errors="replace")[-2000:]
+                raise RuntimeError(f"{plan.argv[0]} did not start ({engine.returncode}):\n{words}")
+            time.sleep(STEP)
+        return (time.perf_counter() - began) * 1e3
+    finally:
+        os.killpg(engine.pid, signal.SIGKILL)  # its own session, and not yet reaped: nobody else has this number
+        engine.wait()
+        shutil.rmtree(folder)
+
+
+def answers(address: str, path: str) -> bool:
+    with socket.socket(socket.AF_UNIX) as sock:
+        sock.settimeout(1)
+        try:
+            sock.connect(address)
+            sock.sendall(f"GET {path} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n".encode())
+            return sock.recv(4096).startswith(b"HTTP/1.1 200")
+        except OSError:
+            return False
+
+
+# -- requests
+
+
+BODIES: dict[str, dict[str, Any]] = {
+    "/tokenize": {"content": "The capital of France is"},
+    "/v1/completions": {"prompt": "The capital of France is", "max_tokens": 1, "temperature": 0},
+}
+
+
+def requests(effort: Effort, out: Section, llama_server: str | None, model: str) -> None:
+    """The same request to a real engine straight, through nginx and through us."""
+    found = {name: where for name, where in engines(llama_server).items() if isinstance(where, Location)}
+    if not found:
+        out.notes.append("not measured: no engine is installed")
+    for engine in found:
+        with world(config(llama_server) if engine == "llama-server" else "") as here, attach(model, engine=engine) as llm:
+            (socket_path,) = (str(path) for path in here.runtime.glob(f"g-*/*/{SOCKET}"))
+            port = int(llm.base_url.rpartition(":")[2].partition("/")[0])
+            for route, body in BODIES.items():
+                message = request(route, {**body, "model": llm.model}, llm.api_key)
+                with clients(socket_path, port, here.base) as ways:
+                    measure(engine, route, message, ways, effort.requests, out)
+
+
+@contextmanager
+def clients(socket_path: str, port: int, folder: Path) -> Iterator[dict[str, Http]]:
+    with ExitStack() as stack:
+        other = stack.enter_context(gateway.nginx(folder, socket_path))
+        ways = {"direct": Http(socket_path), "ours": Http(("127.0.0.1", port))}
+        if other is not None:
+            ways["nginx"] = Http(("127.0.0.1", other))
+        for way in ways.values():
+            stack.callback(way.close)
+        yield ways
+
+
+def measure(engine: str, route: str, message: bytes, ways: dict[str, Http], count: int, out: Section) -> None:
+    def ask(way: Http) -> float:
+        code, took, body = way.post(message)
+        if code != 200:
+            raise RuntimeError(f"{route} at {way.address} answers {code}: {body[:300]!r}")
+        return took
+
+    if ways["ours"].post(message)[0] == 404:
+        out.notes.append(f"{engine} {route}: the gateway has no such route")
+        return
+    asks = {name: functools.partial(ask, way) for name, way in ways.items()}
+    interleaved(asks, 3)  # warm
+    found = interleaved(asks, count)
+    title = f"{engine} {route}"
+    out.rows += [
+        Row.of(f"{title}, {label}", "us", found[name], found["direct"], against="direct")
+        for name, label in (("ours", "through us"), ("nginx", "through nginx"))
+        if name in found
+    ]
