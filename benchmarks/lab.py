@@ -34,13 +34,13 @@ class Effort:
     loads: int
     requests: int
     idle: float
-    pause: float  # for the look at what others do, before each section
+    pause: float  # for the look at what others do, before and after each section
     gateway: tuple[str, ...] = ()
 
 
-FULL = Effort(attaches=600, processes=40, starts=6, loads=15, requests=200, idle=20.0, pause=1.0)
-QUICK = Effort(attaches=100, processes=8, starts=2, loads=5, requests=30, idle=2.5, pause=0.2, gateway=("--quick",))
-TINY = Effort(attaches=3, processes=1, starts=1, loads=1, requests=2, idle=0.2, pause=0.0, gateway=("--quick",))
+FULL = Effort(attaches=800, processes=50, starts=8, loads=15, requests=300, idle=20.0, pause=1.0)
+QUICK = Effort(attaches=100, processes=8, starts=2, loads=4, requests=30, idle=2.0, pause=0.2, gateway=("--quick",))
+TINY = Effort(attaches=3, processes=1, starts=1, loads=1, requests=2, idle=0.2, pause=0.05, gateway=("--quick",))
 
 
 def own_environment() -> None:
@@ -133,7 +133,7 @@ class Http:
         self.sock.close()
 
     def post(self, message: bytes) -> tuple[int, float, bytes]:
-        """(status, microseconds, body).  Connecting is not counted."""
+        """(status, microseconds, head).  Connecting is not counted."""
         if self.sock.fileno() < 0:
             self.sock = socket.socket(socket.AF_UNIX if isinstance(self.address, str) else socket.AF_INET)
             self.sock.settimeout(30)
@@ -148,10 +148,10 @@ class Http:
                 raise ConnectionError(f"{self.address} closed the connection: {data[:200]!r}")
             data += more
         took = (time.perf_counter_ns() - began) / 1e3
-        head, _, body = data.partition(b"\r\n\r\n")
+        head = data.partition(b"\r\n\r\n")[0]
         if b"connection: close" in head.lower():  # llama.cpp does so after 100 requests
             self.sock.close()
-        return int(head.split(None, 2)[1]), took, body
+        return int(head.split(None, 2)[1]), took, head
 
     @staticmethod
     def _complete(data: bytes) -> bool:

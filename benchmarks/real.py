@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
+import re
 import shutil
 import signal
 import socket
@@ -12,11 +13,10 @@ import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
 
 from benchmarks import gateway
-from benchmarks.lab import Effort, Http, interleaved, request, status, world
-from benchmarks.report import Row, Section
+from benchmarks.lab import Effort, Http, fake_model, interleaved, request, status, world
+from benchmarks.report import Row, Section, median
 
 from llm_daemon import Progress, attach, paths
 from llm_daemon.config import Settings
@@ -143,25 +143,58 @@ def answers(address: str, path: str) -> bool:
 # -- requests
 
 
-BODIES: dict[str, dict[str, Any]] = {
-    "/tokenize": {"content": "The capital of France is"},
-    "/v1/completions": {"prompt": "The capital of France is", "max_tokens": 1, "temperature": 0},
-}
+ROUTE = "/v1/completions"
+BODY = {"prompt": "The capital of France is", "max_tokens": 1, "temperature": 0}
 
 
 def requests(effort: Effort, out: Section, llama_server: str | None, model: str) -> None:
-    """The same request to a real engine straight, through nginx and through us."""
-    found = {name: where for name, where in engines(llama_server).items() if isinstance(where, Location)}
-    if not found:
-        out.notes.append("not measured: no engine is installed")
-    for engine in found:
-        with world(config(llama_server) if engine == "llama-server" else "") as here, attach(model, engine=engine) as llm:
-            (socket_path,) = (str(path) for path in here.runtime.glob(f"g-*/*/{SOCKET}"))
-            port = int(llm.base_url.rpartition(":")[2].partition("/")[0])
-            for route, body in BODIES.items():
-                message = request(route, {**body, "model": llm.model}, llm.api_key)
-                with clients(socket_path, port, here.base) as ways:
-                    measure(engine, route, message, ways, effort.requests, out)
+    """One request through the whole daemon: to a scripted engine that answers at once, and to a real one."""
+    with world() as here:
+        found = asked(here, fake_model(here, tokens=[], silent=True), effort.requests)
+    added = {way: median(times) - median(found["direct"]) for way, times in found.items()}
+    out.rows.append(
+        Row(
+            "scripted engine: added by us, p50", "us", added["ours"], effort.requests, baseline=added.get("nginx"),
+            against="nginx", target=1.25, judged="ratio",
+        )
+    )  # fmt: skip
+    add_rows(out, "scripted engine", found)
+    if all(isinstance(where, Missing) for where in engines(llama_server).values()):
+        out.notes.append("real engine: not measured, none is installed")
+        return
+    with world(config(llama_server)) as here:
+        add_rows(out, "real engine, one token", asked(here, model, effort.requests))
+
+
+def add_rows(out: Section, title: str, found: dict[str, list[float]]) -> None:
+    for way, label in (("ours", "through us"), ("nginx", "through nginx")):
+        if way in found:
+            out.rows.append(Row.of(f"{title}, {label}", "us", found[way], found["direct"], against="direct"))
+    out.rows.append(Row.of(f"{title}, our answer's queue time", "us", found.pop("queue")))
+    out.extra[title] = found
+
+
+def asked(here: World, model: str, count: int) -> dict[str, list[float]]:
+    """Microseconds of `count` answers on each way, and `queue`: from our reading a request to its way to the engine."""
+    queue: list[float] = []
+
+    def ask(way: Http) -> float:
+        code, took, head = way.post(message)
+        if code != 200:
+            raise RuntimeError(f"{way.address} answers {code}: {head!r}")
+        if timing := re.search(rb"server-timing: queue;dur=([0-9.]+)", head.lower()):
+            queue.append(float(timing[1]) * 1e3)
+        return took
+
+    with attach(model) as llm:
+        (socket_path,) = (str(path) for path in here.runtime.glob(f"g-*/*/{SOCKET}"))
+        port = int(llm.base_url.rpartition(":")[2].partition("/")[0])
+        message = request(ROUTE, {**BODY, "model": llm.model}, llm.api_key)
+        with clients(socket_path, port, here.base) as ways:
+            asks = {name: functools.partial(ask, way) for name, way in ways.items()}
+            interleaved(asks, min(count, 20))  # warm
+            queue.clear()
+            return {**interleaved(asks, count), "queue": queue}
 
 
 @contextmanager
@@ -174,24 +207,3 @@ def clients(socket_path: str, port: int, folder: Path) -> Iterator[dict[str, Htt
         for way in ways.values():
             stack.callback(way.close)
         yield ways
-
-
-def measure(engine: str, route: str, message: bytes, ways: dict[str, Http], count: int, out: Section) -> None:
-    def ask(way: Http) -> float:
-        code, took, body = way.post(message)
-        if code != 200:
-            raise RuntimeError(f"{route} at {way.address} answers {code}: {body[:300]!r}")
-        return took
-
-    if ways["ours"].post(message)[0] == 404:
-        out.notes.append(f"{engine} {route}: the gateway has no such route")
-        return
-    asks = {name: functools.partial(ask, way) for name, way in ways.items()}
-    interleaved(asks, 3)  # warm
-    found = interleaved(asks, count)
-    title = f"{engine} {route}"
-    out.rows += [
-        Row.of(f"{title}, {label}", "us", found[name], found["direct"], against="direct")
-        for name, label in (("ours", "through us"), ("nginx", "through nginx"))
-        if name in found
-    ]

@@ -85,7 +85,7 @@ class Row:
 
 @dataclass(slots=True)
 class Section:
-    """One table.  `busy`: percent of all cores that others used just before; `failed`: it was to be measured and could not be."""
+    """One table.  `busy`: percent of all cores that others used before or after; `failed`: it was not measured in full."""
 
     name: str
     title: str
@@ -151,7 +151,9 @@ def show(console: Console, section: Section) -> None:
     for note in section.notes:
         console.print(f"  {escape(note)}", highlight=False)
     if section.busy > BUSY:
-        console.print(f"  [red]The machine was {section.busy:.0f} % busy with other work just before: do not trust this table.")
+        console.print(
+            f"  [red]The machine was {section.busy:.0f} % busy with other work before or after: do not trust this table."
+        )
     console.print()
 
 

@@ -82,14 +82,14 @@ def sections(llama_server: str | None = None, model: str = "smollm2-135m") -> di
         "cold": ("3. Cold start, starter model", functools.partial(real.cold_start, llama_server=llama_server, model=model)),
         "ready": ("4. Readiness noticed", scripted.readiness),
         "gateway": ("5a. Gateway, stub server", relay),
-        "requests": ("5b. Gateway, real engine", functools.partial(real.requests, llama_server=llama_server, model=model)),
+        "requests": ("5b. Gateway, whole daemon", functools.partial(real.requests, llama_server=llama_server, model=model)),
         "idle": ("6. Memory, and doing nothing", scripted.idleness),
     }  # fmt: skip
 
 
 def fill(section: Section, measure: Measure, effort: Effort) -> None:
     """Measures; what cannot be measured here is a note, and the others go on."""
-    section.busy = busy_percent(effort.pause) if effort.pause else 0.0
+    section.busy = busy_percent(effort.pause)
     began = time.monotonic()
     try:
         measure(effort, section)
@@ -97,10 +97,11 @@ def fill(section: Section, measure: Measure, effort: Effort) -> None:
         section.failed = True
         section.notes.append(f"not measured in full: {e.full() if isinstance(e, LlmDaemonError) else e}")
     section.seconds = time.monotonic() - began
+    section.busy = max(section.busy, busy_percent(effort.pause))
 
 
 def facts(effort: Effort, llama_server: str | None) -> dict[str, Any]:
-    busy = busy_percent(max(0.1, effort.pause))
+    busy = busy_percent(effort.pause)
     out = machine()
     out["busy_percent"] = round(busy, 1)
     if nginx := shutil.which("nginx") or shutil.which("nginx", path="/usr/sbin:/usr/local/sbin"):

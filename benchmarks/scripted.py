@@ -82,7 +82,7 @@ def whole_process(effort: Effort, out: Section) -> None:
         Row.of("import llm_daemon, CPU", "ms", cpu["import"], used, against=against),
         Row.of("attach, CPU of the process", "ms", cpu["attach"], used, against=against),
     ]
-    out.notes.append("CPU time of a process hardly depends on what else the machine does; the daemon's own is not in it.")
+    out.notes.append("CPU time depends less than wall clock on what else the machine does; the daemon's own is not in it.")
 
 
 def readiness(effort: Effort, out: Section) -> None:

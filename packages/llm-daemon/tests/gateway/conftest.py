@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import gc
-from collections.abc import Callable, Coroutine
+import tempfile
+from collections.abc import Callable, Coroutine, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,7 @@ def run(request: pytest.FixtureRequest) -> Callable[[Coroutine[Any, Any, None]],
 
 
 @pytest.fixture
-def world(tmp_path: Path) -> Callable[..., World]:
-    """Makes a gateway with options of its own, to be entered inside the loop."""
-    return lambda **options: World(tmp_path, **options)
+def world() -> Iterator[Callable[..., World]]:
+    """Makes a gateway with options of its own, to be entered inside the loop; its sockets need a short path."""
+    with tempfile.TemporaryDirectory(prefix="llmd-") as folder:
+        yield lambda **options: World(Path(folder), **options)

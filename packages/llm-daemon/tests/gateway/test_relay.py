@@ -450,8 +450,6 @@ def test_a_request_is_never_run_a_third_time(run: Any, world: Any) -> None:
 
     run(main())
 
-    run(main())
-
 
 @pytest.mark.parametrize("tail", [b"", b"data: {", b"data: {}\n"])
 @pytest.mark.parametrize("cut", [b"", b"20\r\npart of a ch", b"2", b"5;x\r\n"])

@@ -89,8 +89,9 @@ class Supervisor:
         wish = spec.wish
         path = spec.artifact.locator if spec.artifact.source == "file" else None
         adapter, _ = self.registry.choose(path, wish.engine or self.settings.default_engine)
-        if wish.args and (reason := adapter.refuse(wish.args)):
-            raise errors.UsageError(reason, code="bad_args")
+        for args, code in ((wish.args, "bad_args"), (self._configured(adapter.name), "bad_config")):
+            if args and (reason := adapter.refuse(args)):
+                raise errors.UsageError(reason, code=code)
         full = replace(
             wish,
             engine=adapter.name,
@@ -98,6 +99,10 @@ class Supervisor:
             parallel=wish.parallel or self.settings.parallel,
         )
         return replace(spec, full=full)
+
+    def _configured(self, engine: str) -> tuple[str, ...]:
+        """Extra flags from `[engines.NAME] args`."""
+        return tuple(map(str, self.settings.engines.get(engine, {}).get("args", ())))
 
     # Start ----------------------------------------------------------------------------------------------------
     def start(self, instance: str, spec: Spec) -> None:
@@ -151,7 +156,7 @@ class Supervisor:
         progress({"phase": "load", "message": f"{name} loads {spec.model}"})
         grant = Grant(
             model_path=str(path), alias=spec.model, socket=SOCKET, context=context,
-            parallel=full.parallel or self.settings.parallel, threads=self._threads(), gpu_layers=full.gpu_layers, args=full.args,
+            parallel=full.parallel or self.settings.parallel, threads=self._threads(), gpu_layers=full.gpu_layers, args=(*self._configured(name), *full.args),
         )  # fmt: skip
         live.plan = adapter.plan(spec, where, grant)
         user_env = {str(k): str(v) for k, v in self.settings.engines.get(name, {}).get("env", {}).items()}
