@@ -10,7 +10,7 @@ SETUP_FROM := $(PINS) packages/llm-daemon/pyproject.toml
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run check test soak bench format pins clean
+.PHONY: help setup run check test llama-server soak bench format pins clean
 
 ifneq ($(shell cat $(STAMP) 2>/dev/null),$(HERE))
 .PHONY: $(STAMP)
@@ -21,6 +21,7 @@ help:
 	@echo 'make run     ask the starter model a question'
 	@echo 'make check   format, lint, types and the quick tests'
 	@echo 'make test    everything that must pass, real engine included'
+	@echo 'make llama-server   build one for the tests (some minutes, once)'
 	@echo 'make soak    the tests that take minutes'
 	@echo 'make bench   our own speed, against peers'
 	@echo 'make format  put the code into its form'
@@ -53,15 +54,21 @@ check: $(STAMP)
 	@$(BIN)/mypy --no-error-summary
 	@$(BIN)/pytest -m 'not slow and not real'
 
+# A llama-server that was built before is tested too.
 test: $(STAMP)
-	@$(BIN)/pytest -m 'not slow'
+	@LLM_DAEMON_TEST_LLAMA_SERVER="$${LLM_DAEMON_TEST_LLAMA_SERVER:-$$($(BIN)/python tools/build_llama_server.py --path)}" \
+	  $(BIN)/pytest -m 'not slow'
+
+llama-server: $(STAMP)
+	@$(BIN)/python tools/build_llama_server.py
 
 # SECONDS=600 make soak takes ten minutes.
 soak: $(STAMP)
 	@SECONDS="$(or $(SECONDS),120)" $(BIN)/pytest -m slow --timeout 7200
 
 bench: $(STAMP)
-	@$(BIN)/python benchmarks/run.py
+	@LLM_DAEMON_TEST_LLAMA_SERVER="$${LLM_DAEMON_TEST_LLAMA_SERVER:-$$($(BIN)/python tools/build_llama_server.py --path)}" \
+	  $(BIN)/python benchmarks/run.py
 
 format: $(STAMP)
 	@$(BIN)/ruff check --quiet --fix-only

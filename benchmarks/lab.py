@@ -39,7 +39,7 @@ class Effort:
 
 
 FULL = Effort(attaches=800, processes=50, starts=8, loads=15, requests=300, idle=20.0, pause=1.0)
-QUICK = Effort(attaches=100, processes=8, starts=2, loads=4, requests=30, idle=2.0, pause=0.2, gateway=("--quick",))
+QUICK = Effort(attaches=100, processes=8, starts=1, loads=4, requests=15, idle=1.5, pause=0.1, gateway=("--quick",))
 TINY = Effort(attaches=3, processes=1, starts=1, loads=1, requests=2, idle=0.2, pause=0.05, gateway=("--quick",))
 
 
@@ -54,7 +54,7 @@ def own_environment() -> None:
 @contextmanager
 def world(config: str = "") -> Iterator[World]:
     """Folders of our own for a daemon; at the end it is stopped and nothing is left."""
-    base = Path(tempfile.mkdtemp(prefix="llmd-"))  # short: unix sockets have short names
+    base = Path(tempfile.mkdtemp(prefix="llmd-b-"))  # short: unix sockets have short names
     here = World(base)
     here.config.write_text(here.config.read_text() + config)
     for name, path in zip(FOLDERS, (here.runtime, here.state, here.config), strict=True):

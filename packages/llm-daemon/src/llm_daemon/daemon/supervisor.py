@@ -156,7 +156,8 @@ class Supervisor:
         progress({"phase": "load", "message": f"{name} loads {spec.model}"})
         grant = Grant(
             model_path=str(path), alias=spec.model, socket=SOCKET, context=context,
-            parallel=full.parallel or self.settings.parallel, threads=self._threads(), gpu_layers=full.gpu_layers, args=(*self._configured(name), *full.args),
+            parallel=full.parallel or self.settings.parallel, threads=self._threads(), gpu_layers=full.gpu_layers,
+            args=(*self._configured(name), *full.args),
         )  # fmt: skip
         live.plan = adapter.plan(spec, where, grant)
         user_env = {str(k): str(v) for k, v in self.settings.engines.get(name, {}).get("env", {}).items()}
