@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-from benchmarks import gateway
+from benchmarks import gateway, scripted
 from benchmarks.lab import Effort, Http, fake_model, interleaved, request, status, world
 from benchmarks.report import Row, Section, median
 
@@ -41,6 +41,20 @@ def config(llama_server: str | None) -> str:
 def engines(llama_server: str | None) -> dict[str, Location | Missing]:
     registry = Registry({"llama-server": {"path": llama_server}} if llama_server else {})
     return {name: registry.locate(name) for name in ("xllamacpp", "llama-server")}
+
+
+def is_none_here(llama_server: str | None, out: Section) -> bool:
+    """Whether there is no engine at all; then the section says so."""
+    missing = all(isinstance(where, Missing) for where in engines(llama_server).values())
+    if missing:
+        out.notes.append("real engine: not measured, none is installed")
+    return missing
+
+
+def attach_named(effort: Effort, out: Section, llama_server: str | None, model: str) -> None:
+    """As people do it: a name of the catalog, which the daemon looks up each time."""
+    if not is_none_here(llama_server, out):
+        scripted.attach_warm(effort, out, model, config(llama_server))
 
 
 # -- cold start
@@ -159,8 +173,7 @@ def requests(effort: Effort, out: Section, llama_server: str | None, model: str)
         )
     )  # fmt: skip
     add_rows(out, "scripted engine", found)
-    if all(isinstance(where, Missing) for where in engines(llama_server).values()):
-        out.notes.append("real engine: not measured, none is installed")
+    if is_none_here(llama_server, out):
         return
     with world(config(llama_server)) as here:
         add_rows(out, "real engine, one token", asked(here, model, effort.requests))

@@ -77,7 +77,11 @@ def relay(effort: Effort, out: Section) -> None:
 def sections(llama_server: str | None = None, model: str = "smollm2-135m") -> dict[str, tuple[str, Measure]]:
     """By name: title, and what fills the section."""
     return {
-        "attach": ("1. Attach to a warm daemon", scripted.attach_warm),
+        "attach": ("1a. Attach to a warm daemon, scripted model by path", scripted.attach_warm),
+        "named": (
+            "1b. Attach to a warm daemon, starter model by name",
+            functools.partial(real.attach_named, llama_server=llama_server, model=model),
+        ),
         "process": ("2. A whole process that attaches", scripted.whole_process),
         "cold": ("3. Cold start, starter model", functools.partial(real.cold_start, llama_server=llama_server, model=model)),
         "ready": ("4. Readiness noticed", scripted.readiness),

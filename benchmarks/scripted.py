@@ -17,10 +17,13 @@ from llm_daemon import attach, connect, paths
 from llm_daemon.core import control
 
 
-def attach_warm(effort: Effort, out: Section) -> None:
-    """`attach` in a running process, with daemon and model there, against one bare round trip on a unix socket."""
-    with world() as here, child(str(HERE / "echo.py"), str(here.base / "echo.sock")):
-        model, echo = fake_model(here), str(here.base / "echo.sock")
+def attach_warm(effort: Effort, out: Section, model: str = "", config: str = "") -> None:
+    """`attach` in a running process, with daemon and model there, against one bare round trip on a unix socket.
+
+    `model` is the scripted one by default.
+    """
+    with world(config) as here, child(str(HERE / "echo.py"), str(here.base / "echo.sock")):
+        model, echo = model or fake_model(here), str(here.base / "echo.sock")
         # As many bytes as an attach says; it hears some more.
         message = control.encode({"op": "HELLO", "proto": control.PROTO})
         message += control.encode({"op": "ENSURE", "id": 1, "wish": {"model": model}, "keep_alive": None})

@@ -64,9 +64,9 @@ def test_what_the_daemon_costs_without_a_model(short_tmp: Path) -> None:
 
 @pytest.mark.real
 def test_what_the_daemon_costs_on_a_real_engine(short_tmp: Path, smollm2: str) -> None:
-    found = run(short_tmp, "--only", "cold", "gateway", "requests", "--model", smollm2)
-    assert names(found) == ["cold", "gateway", "requests"]
-    cold, gateway, requests = found["sections"]
+    found = run(short_tmp, "--only", "named", "cold", "gateway", "requests", "--model", smollm2)
+    assert names(found) == ["named", "cold", "gateway", "requests"]
+    _, cold, gateway, requests = found["sections"]
     assert cold["rows"][0]["against"] == "engine alone"
     assert {"direct", "relay"} <= gateway["extra"]["latency_us"].keys()
     assert any("through us" in row["what"] for row in requests["rows"])

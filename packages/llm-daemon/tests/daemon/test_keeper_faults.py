@@ -49,7 +49,7 @@ def test_a_leaked_lifeline_does_not_keep_the_engine(fake_model: FakeModel, tmp_p
         process.stdout.readline()
         assert process.stdout.readline() == "ready\n"
         children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-        (leak,) = [int(pid) for pid in children if b"keeper.py" not in Path(f"/proc/{pid}/cmdline").read_bytes()]
+        (leak,) = [int(pid) for pid in children if b"keeper" not in Path(f"/proc/{pid}/cmdline").read_bytes()]
         pidfd = os.pidfd_open(leak)
         try:
             kill(process)

@@ -18,7 +18,7 @@ from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from time import monotonic
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .. import errors, paths
 from ..core import events as ev
@@ -30,16 +30,19 @@ from ..models.fetch import fetch
 from ..spec import Spec, Wish
 from .boot import Born
 from .control_server import ControlServer, Say
-from .gateway import Ask, Gateway, Route, Turn
 from .logs import RotatingLog
 from .pump import Pump
 from .status import status
 from .supervisor import Supervisor
 from .sweep import sweep
 
+if TYPE_CHECKING:
+    from .gateway import Ask, Gateway, Turn
+
 log = logging.getLogger("llm_daemon")
 BEAT = 10.0  # seconds between two looks at ourselves: rare, because an idle daemon should sleep
 WEDGED = 6  # beats of the watchdog without one of the loop
+ENGINE_FIRST = 0.15  # seconds the gateway waits for the first engine to be on its way
 DEATH_NOTICE = 1.0  # seconds an engine that broke off is given to turn out dead
 TOUCH_EVERY = 360  # beats between touches of our files, so that no cleaner of old files takes them
 
@@ -61,7 +64,7 @@ class Daemon:
         self.pump = Pump(self.machine, self._do)
         self.control = ControlServer(self)
         self.supervisor = Supervisor(self.settings, born.runtime_dir, born.generation, born.log_dir, self.post)
-        self.gateway = Gateway(self, token=self.token)
+        self.gateway: Gateway | None = None
         self.turns: dict[str, Turn] = {}
         self.asking: dict[str, asyncio.Task[None]] = {}  # tickets and questions whose model is being looked up
         self.beats = 0
@@ -90,13 +93,22 @@ class Daemon:
         locating = asyncio.create_task(self.supervisor.ready())
         self._http = publish_http(self.born.generation)
         await self.control.serve(self.born.listener)
-        await self.gateway.serve(self.born.tcp, self._http)
         note = f" ({self.born.port_note})" if self.born.port_note else ""
         log.info("serving at %s%s, pid %d", self._base, note, os.getpid())
         self.pump.post(ev.Tick())
         self._beat()
         threading.Thread(target=watch, args=(self,), daemon=True, name="watchdog").start()
         await locating
+        # Whoever started us waits for a model: its engine goes first, and the gateway is loaded while that starts.
+        # HTTP clients wait in the backlog meanwhile.
+        with suppress(TimeoutError):
+            async with asyncio.timeout(ENGINE_FIRST):
+                await self.supervisor.spawned.wait()
+        from .gateway import Gateway
+
+        self.gateway = Gateway(self, token=self.token)
+        await self.gateway.serve(self.born.tcp, self._http)
+        gc.enable()
         gc.collect()
         gc.freeze()  # what is loaded now stays: later collections need not look at it
         await asyncio.get_running_loop().create_future()
@@ -110,10 +122,12 @@ class Daemon:
             case ev.Start(instance, spec):
                 self.supervisor.start(instance, spec)
             case ev.Halt(instance, force):
-                if (live := self.supervisor.live.get(instance)) and live.process:
+                if self.gateway and (live := self.supervisor.live.get(instance)) and live.process:
                     self.gateway.cut(live.process.socket)  # llama-server waits half a minute for open streams after SIGTERM
                 self.supervisor.halt(instance, force)
             case ev.Run(ticket, instance):
+                from .gateway import Route
+
                 process = self.supervisor.live[instance].process
                 if process is None:  # died in this very moment; its Down is on the way
                     self.turns.pop(ticket).refuse(errors.EngineError("the engine died", code="engine_died"))

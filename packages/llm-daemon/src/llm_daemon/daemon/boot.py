@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import gc
 import os
 import socket
 import sys
@@ -244,6 +245,7 @@ def open_log(born: Born) -> None:
 
 
 def main() -> None:
+    gc.disable()  # everything made while starting stays; the daemon turns it on again
     verdict_fd = int(sys.argv[1])
     os.set_inheritable(verdict_fd, False)
     os.umask(0o077)

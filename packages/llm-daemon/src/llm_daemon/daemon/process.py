@@ -18,7 +18,9 @@ from ..errors import EngineError
 from . import keeper
 from .logs import RotatingLog, Tail
 
-KEEPER = keeper.__file__
+# Run from its cache where there is one (fresh, for it was just imported): a script is compiled anew each time.
+_CACHED: str = getattr(keeper, "__cached__", "")
+KEEPER = _CACHED if os.path.exists(_CACHED) else keeper.__file__
 # In the environment of a whole engine tree: the daemon generation (for the next daemon's sweep), and this one engine.
 GEN_TAG, ENGINE_TAG = "LLM_DAEMON_GEN", "LLMD_ENGINE"
 

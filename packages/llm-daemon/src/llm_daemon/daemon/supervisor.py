@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from time import monotonic
 from typing import Any
 
 from .. import errors, paths
@@ -27,6 +28,7 @@ from .process import EngineProcess, Exit, scrubbed_env
 
 log = logging.getLogger("llm_daemon")
 SOCKET = "engine.sock"
+RESOLVED, RESOLVED_FOR = 256, 5.0  # wishes remembered, and seconds for which a name keeps its meaning
 
 
 @dataclass(slots=True)
@@ -63,6 +65,8 @@ class Supervisor:
         self._post = post
         self._locating: asyncio.Task[None] | None = None
         self._starts = 0
+        self._resolved: dict[Wish, tuple[Spec, float]] = {}
+        self.spawned = asyncio.Event()  # an engine process was started, for the first time
 
     # What is asked for ----------------------------------------------------------------------------------------
     async def ready(self) -> None:
@@ -85,6 +89,17 @@ class Supervisor:
 
         Raises UsageError for an unknown model or engine, EngineError when no engine can run it here.
         """
+        # Asked for every request.  A name means the same for a while; a file may be another one the next moment.
+        spec, until = self._resolved.get(wish, (None, 0.0))
+        if spec is None or monotonic() > until:
+            spec = self._resolve(wish)
+            if spec.artifact.source != "file":
+                if len(self._resolved) >= RESOLVED:
+                    self._resolved.clear()
+                self._resolved[wish] = spec, monotonic() + RESOLVED_FOR
+        return spec
+
+    def _resolve(self, wish: Wish) -> Spec:
         spec = self.catalog.resolve(wish)
         wish = spec.wish
         path = spec.artifact.locator if spec.artifact.source == "file" else None
@@ -171,6 +186,7 @@ class Supervisor:
             live.plan, folder=live.folder, env={**scrubbed_env(os.environ, self._generation), **user_env},
             log=live.log, name=spec.model, on_exit=lambda exit: self._exited(instance, live, exit),
         )  # fmt: skip
+        self.spawned.set()
         await wait_ready(live.process, live.plan, adapter, lambda state: progress({"phase": "load", "message": state}))
         if live.process.exit is not None:  # it answered and died before we were told
             raise errors.EngineError(f"{name} died right after loading {spec.model} ({live.process.exit})", code="engine_died")

@@ -57,7 +57,7 @@ class LlamaServer:
 
     def plan(self, spec: Spec, where: Location, grant: Grant) -> Plan:
         """Every value is given explicitly: the server's defaults also come from files and variables."""
-        known = _flags(where.argv, _mtime(where.argv[0]))
+        known = _flags(where.argv, _mtime(where.argv[0]))  # asked by locate already: this does not block
         argv = [
             *where.argv,
             "-m",
@@ -137,6 +137,7 @@ def _checked(argv: tuple[str, ...], origin: str) -> Location | Missing:
     version, error = _version(argv, _mtime(argv[0]))
     if error:
         return Missing(f"{argv[0]} does not run: {error}", _HINT)
+    _flags(argv, _mtime(argv[0]))  # remembered for `plan`, which must not block
     return Location(argv, version, origin)
 
 

@@ -6,12 +6,15 @@ import difflib
 import importlib
 import importlib.metadata
 from collections.abc import Mapping
+from math import inf
+from time import monotonic
 from typing import Any
 
 from ..errors import EngineError, UsageError
 from .base import Adapter, Location, Missing
 
 GROUP = "llm_daemon.engines"
+MISSING_FOR = 10.0  # seconds until a missing program is looked for again
 
 
 class Registry:
@@ -27,7 +30,7 @@ class Registry:
     ) -> None:
         self.config = config
         self.broken: dict[str, str] = {}
-        self._found: dict[str, Location] = {}
+        self._found: dict[str, tuple[Location | Missing, float]] = {}
         self._adapters: dict[str, Adapter] = {}
         for point in importlib.metadata.entry_points(group=GROUP):
             try:
@@ -57,12 +60,13 @@ class Registry:
         """What the adapter finds, with its table of the configuration.
 
         The first time may take a few seconds: call it in a thread.  A program found is remembered, a missing one is
-        looked for again: it may have been installed meanwhile.
+        looked for again after some seconds: it may have been installed meanwhile.
         """
         adapter = self.get(name)
-        where = self._found.get(name) or adapter.locate(self.config.get(name, {}))
-        if isinstance(where, Location):
-            self._found[name] = where
+        where, until = self._found.get(name, (None, 0.0))
+        if where is None or monotonic() > until:
+            where = adapter.locate(self.config.get(name, {}))
+            self._found[name] = where, inf if isinstance(where, Location) else monotonic() + MISSING_FOR
         return where
 
     def choose(self, path: str | None, wanted: str | None = None) -> tuple[Adapter, Location]:
