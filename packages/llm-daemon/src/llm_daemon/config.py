@@ -141,7 +141,12 @@ _CHECKS: dict[str, tuple[Callable[[Any], Any], str]] = {
     "threads": (_number(1, 4096), "a whole number, 1 or more"),
 }
 _TABLES = ("catalog", "engines")
-_ENGINE_KEYS = {"path": str, "args": list, "env": dict, "adapter": str}
+_ENGINE_KEYS: dict[str, tuple[type, str]] = {
+    "path": (str, "a text"),
+    "args": (list, "a list of texts"),
+    "env": (dict, "a table of texts"),
+    "adapter": (str, "a text"),
+}
 
 
 def _checked(key: str, value: Any, where: str) -> Any:
@@ -193,8 +198,9 @@ def _check_engines(table: dict[str, Any], text: str, path: str) -> None:
             where = f"{path} line {_line(text, key, after=name)}"
             if key not in _ENGINE_KEYS:
                 raise _unknown(key, where, list(_ENGINE_KEYS))
-            if not isinstance(value, _ENGINE_KEYS[key]):
-                raise _bad(f"engines.{name}.{key} must be a {_ENGINE_KEYS[key].__name__}", where)
+            inner = value if isinstance(value, list) else value.values() if isinstance(value, dict) else ()
+            if not isinstance(value, _ENGINE_KEYS[key][0]) or not all(isinstance(v, str) for v in inner):
+                raise _bad(f"engines.{name}.{key} must be {_ENGINE_KEYS[key][1]}", where)
 
 
 def _line(text: str, key: str, after: str = "") -> int:

@@ -26,6 +26,8 @@ class LlmDaemonError(Exception):
         super().__init__(message)
         self.message = message
         self.hint = hint
+        if hint:
+            self.add_note(f"hint: {hint}")  # what a traceback shows
         self.data = data
         if code is not None:
             self.code = code

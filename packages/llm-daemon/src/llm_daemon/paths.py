@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import sys
 
+from .errors import UsageError
+
 
 def runtime_dir() -> str:
     """Absolute path of the runtime folder; it may not exist yet.
@@ -14,7 +16,9 @@ def runtime_dir() -> str:
     terminal, cron, sudo and notebook servers, and two folders would mean two daemons.
     """
     if given := os.environ.get("LLM_DAEMON_RUNTIME_DIR"):
-        return os.path.abspath(given)
+        if not os.path.isabs(given):  # else there would be one daemon for each working folder
+            raise UsageError(f"LLM_DAEMON_RUNTIME_DIR must be an absolute path, not {given!r}", code="bad_config")
+        return os.path.normpath(given)
     uid = os.geteuid()
     if sys.platform == "darwin":
         base = os.confstr(65537) or "/tmp"  # 65537 = _CS_DARWIN_USER_TEMP_DIR, <unistd.h>

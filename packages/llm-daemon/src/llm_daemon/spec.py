@@ -68,6 +68,13 @@ class Wish:
         base = cls.parse(model) if "?" in model or "@" in model else cls(model)
         return base._with(options)
 
+    def __post_init__(self) -> None:
+        for text in (self.model, self.quant or "", self.engine or "", *self.args):
+            if not _is_plain(text):
+                raise UsageError(
+                    f"{text[:100]!r} is not plain UTF-8 text", code="bad_spec", hint="no NUL, no odd bytes, 16 KiB at most"
+                )
+
     def _with(self, options: Mapping[str, object]) -> Wish:
         known = {f.name for f in fields(self)} - {"model"}
         if unknown := sorted(set(options) - known):
@@ -100,6 +107,13 @@ class Wish:
         options += [("arg", a) for a in self.args]
         text = self.model + (f"@{self.quant}" if self.quant else "")
         return text + ("?" + urlencode(options, quote_via=quote) if options else "")
+
+
+def _is_plain(text: str) -> bool:
+    try:
+        return len(text.encode()) <= 16384 and "\0" not in text
+    except UnicodeEncodeError:  # a file name that is not UTF-8: it could not be named in a request either
+        return False
 
 
 def _whole(key: str, value: object, least: int) -> int:
@@ -147,6 +161,11 @@ class Spec:
     def model(self) -> str:
         """The public model id: what a client puts into the `model` field to reach exactly this instance."""
         return str(self.wish)
+
+    def risks(self, other: Spec) -> bool:
+        """Whether starting `self` may fail where starting `other` would not: somebody asked for more than `other` needs."""
+        need = other.full or other.wish
+        return (self.wish.context or 0) > (need.context or 0) or (self.wish.parallel or 0) > (need.parallel or 0)
 
     def covers(self, other: Spec) -> bool:
         """Whether an instance started from `self` serves somebody who asked for `other`.

@@ -13,7 +13,7 @@ from llm_daemon.config import Settings
 from llm_daemon.core import control
 from llm_daemon.spec import Wish
 
-words = st.text(st.characters(codec="utf-8"), min_size=1)
+words = st.text(st.characters(codec="utf-8", exclude_characters="\0"), min_size=1)
 
 
 @given(st.lists(st.dictionaries(st.text(), st.text() | st.integers() | st.none()), max_size=5), st.integers(1, 50))
@@ -99,7 +99,7 @@ def test_settings_come_from_file_then_environment_then_flags_and_say_so(tmp_path
         ("host = '0.0.0.0'\n", 1, "loopback"),
         ("auth = 'off'\n", 1, "'none'"),
         ("[engines.llama-server]\npath = '/x'\npth = '/y'\n", 3, "'path'"),
-        ("[engines.llama-server]\npath = 3\n", 2, "str"),
+        ("[engines.llama-server]\npath = 3\n", 2, "must be a text"),
         ("ttl = \n", 1, "TOML"),
     ],
 )

@@ -229,11 +229,11 @@ def test_a_file_that_is_no_program(tmp_path: Path) -> None:
     assert "Exec format" in missing.reason
 
 
-def test_the_version_is_asked_once_for_each_file(tmp_path: Path) -> None:
+def test_version_and_flags_are_asked_once_for_each_file(tmp_path: Path) -> None:
     path = program(tmp_path, f'echo x >>"{tmp_path}/asked"; ' + TALK)
     for _ in range(3):
         LlamaServer().locate({"path": path})
-    assert (tmp_path / "asked").read_text() == "x\n"
+    assert (tmp_path / "asked").read_text() == "x\nx\n"  # --version and --help
 
 
 @pytest.mark.parametrize(

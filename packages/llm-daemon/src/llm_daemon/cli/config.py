@@ -27,7 +27,11 @@ def command(json_: bool) -> None:
     Settings stand in the config file as KEY = VALUE; an environment variable LLM_DAEMON_<KEY> goes before it. A running daemon
     keeps what it was started with: `llm-daemon stop` makes it read them anew.
     """
-    settings = effective(Settings.load())
+    from ..daemon.settings import catalog_and_engines
+
+    loaded = Settings.load()
+    catalog_and_engines(loaded)  # what the daemon would refuse is refused here
+    settings = effective(loaded)
     path = paths.config_file()
     folders = {"runtime": paths.runtime_dir(), "state": paths.state_dir(), "cache": paths.cache_dir()}
     if json_:

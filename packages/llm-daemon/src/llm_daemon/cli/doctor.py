@@ -93,10 +93,10 @@ def _python(_: Settings) -> Found:
 
 
 def _config(_: Settings) -> Settings:
-    from ..models.catalog import Catalog
+    from ..daemon.settings import catalog_and_engines
 
     settings = Settings.load()
-    Catalog.load(settings.catalog)
+    catalog_and_engines(settings)
     return settings
 
 

@@ -36,6 +36,8 @@ def call(talk: Any, method: str, on_progress: Any = None, timeout: float | None 
     """Asks the daemon one thing.  `timeout` None waits for as long as it takes."""
     try:
         answer = talk.ask("CALL", timeout, on_progress, method=method, params=params)
+    except errors.LlmDaemonError:  # first: some of them are TimeoutErrors too
+        raise
     except TimeoutError as e:
         raise errors.DaemonUnresponsive(
             f"the daemon (pid {talk.welcome['pid']}) did not answer within {timeout:g} s",

@@ -20,6 +20,7 @@ class Lease:
 
     def __init__(self, lease: sync.Lease) -> None:
         self._lease = lease
+        self._clients: list[Any] = []
 
     def __getattr__(self, name: str) -> Any:
         facts = self._lease._facts
@@ -31,24 +32,26 @@ class Lease:
 
     async def refresh(self) -> None:
         """Attaches again if the daemon is gone; cancelling it leaves the lease detached, to be refreshed later."""
-        if not self._lease.is_open():
+        if not self._lease.is_attached():
             await asyncio.to_thread(self._lease.refresh)
 
     def openai(self, **options: Any) -> openai.AsyncOpenAI:
         """An `openai.AsyncOpenAI` for this lease; it survives the daemon's death too."""
         from .openai_clients import make_async
 
-        return make_async(self._lease, **options)
+        return make_async(self._lease, self._clients, **options)
 
     async def close(self) -> None:
         """Ends the lease; harmless a second time."""
         self._lease.close()
+        for client in self._clients:
+            await client.aclose()
 
     async def __aenter__(self) -> Lease:
         return self
 
     async def __aexit__(self, *exc: object) -> None:
-        self._lease.close()
+        await self.close()
 
     def __repr__(self) -> str:
         return repr(self._lease)

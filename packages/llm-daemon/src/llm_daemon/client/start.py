@@ -112,7 +112,7 @@ class _Attempt:
             self._check_peer(s)
             s.settimeout(ANSWER_WAIT)
             s.sendall(self.greeting)
-            decoder = control.Decoder()
+            decoder = control.Decoder(control.ANSWER_LIMIT)
             messages: list[dict[str, Any]] = []
             while not messages:
                 data = s.recv(65536)
@@ -192,7 +192,7 @@ class _Attempt:
                 pass
         if state == "T" and not self.continued:
             self.continued = True
-            os.kill(self.peer, 18)  # SIGCONT; the connection is open, so the pid is still its own
+            _wake(self.peer)
         s.close()
         self.unresponsive = errors.DaemonUnresponsive(
             f"the daemon (pid {self.peer or 'unknown'}{', stopped' if state == 'T' else ''}) does not answer",
@@ -224,6 +224,11 @@ class _Attempt:
 
         try:
             os.makedirs(self.dir, 0o700, exist_ok=True)
+            if os.stat(self.dir).st_mode & 0o077:
+                return None  # perhaps not ours at all: the candidate looks closer before anything is put there
+        except OSError:
+            return None  # the candidate says better what is wrong with the folder
+        try:
             fd = os.open(os.path.join(self.dir, "start"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
         except FileNotFoundError:
             return False  # deleted between two steps
@@ -240,7 +245,7 @@ class _Attempt:
         return fd
 
     def _spawn(self) -> None:
-        verdict = spawn()
+        verdict = spawn(self.deadline)
         self.spawns += 1
         if verdict in ("READY", "ALREADY") and self.spawns < SPAWNS:
             if self.spawns > 2:
@@ -250,7 +255,10 @@ class _Attempt:
         if verdict.startswith("ERR "):
             import json
 
-            error = errors.from_wire(json.loads(verdict[4:]))
+            try:
+                error = errors.from_wire(json.loads(verdict[4:]))
+            except ValueError:
+                error = errors.Bug(f"the daemon reported: {verdict[4:500]}", code="daemon_start", hint="please report this")
             if isinstance(error, errors.UsageError) or error.code == "port_taken" or self.failures >= FAILURES:
                 raise error
         elif self.failures >= FAILURES or self.spawns >= SPAWNS:
@@ -273,8 +281,26 @@ def python() -> str:
     return sys.executable
 
 
-def spawn() -> str:
-    """Starts the launcher and waits for the verdict: `READY`, `ALREADY`, `ERR {...}`, or why there is none."""
+def _wake(pid: int) -> None:
+    """SIGCONT for a stopped process of ours, by pidfd so that no other process can be meant."""
+    import signal
+
+    try:
+        fd = os.pidfd_open(pid)
+        try:
+            if os.stat(f"/proc/{pid}").st_uid == os.geteuid():
+                signal.pidfd_send_signal(fd, signal.SIGCONT)
+        finally:
+            os.close(fd)
+    except (OSError, AttributeError):
+        pass  # it is gone, or this system has no pidfds; the error will say what was seen
+
+
+def spawn(until: float) -> str:
+    """Starts the launcher and waits for the verdict: `READY`, `ALREADY`, `ERR {...}`, or why there is none.
+
+    Waits until the monotonic time `until` at most; a launcher that hangs is ended.
+    """
     import select
     import subprocess
 
@@ -295,11 +321,13 @@ def spawn() -> str:
             ) from None
         finally:
             os.close(w)
-        deadline = time.monotonic() + VERDICT_WAIT
+        deadline = min(time.monotonic() + VERDICT_WAIT, until)
         said = b""
         # Never wait for EOF alone: a fork of the host may hold a copy of the pipe's other end.
         while b"\n" not in said:
             if not select.select([r], [], [], max(0.0, deadline - time.monotonic()))[0]:
+                launcher.kill()
+                launcher.wait()
                 return "no report in time"
             data = os.read(r, 65536)
             if not data:

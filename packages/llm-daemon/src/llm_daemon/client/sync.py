@@ -6,6 +6,7 @@ import _socket as socket  # the C half: the Python half imports enum and selecto
 import os
 import time
 from _thread import RLock
+from _weakref import ref  # weakref without its Python half
 
 from .. import errors
 from ..core import control
@@ -20,7 +21,8 @@ if TYPE_CHECKING:
 
     Report = Callable[["Progress"], object]
 
-_POLL = socket.MSG_PEEK | socket.MSG_DONTWAIT
+_PEEK = socket.MSG_PEEK | socket.MSG_DONTWAIT
+DEATHS = 3  # of the daemon in one attach, before we say so instead of trying again
 
 
 class Progress:
@@ -87,13 +89,15 @@ class Conversation:
         return self._messages.pop(0)
 
     def is_open(self) -> bool:
-        """Whether the daemon is still there; costs one system call."""
+        """Whether the daemon is still there; costs two system calls at most, never waits, from any thread."""
+        import select
+
         try:
-            self.sock.settimeout(None)  # with a timeout Python itself would wait, whatever the flag says
-            return self.sock.recv(1, _POLL) != b""
-        except BlockingIOError:
-            return True
-        except OSError:
+            poll = select.poll()
+            poll.register(self.sock, select.POLLIN)
+            # Only what is there already: with a timeout set, a bare recv would wait, whatever its flags say.
+            return not poll.poll(0) or self.sock.recv(1, _PEEK) != b""
+        except (OSError, ValueError):
             return False
 
     def close(self) -> None:
@@ -129,6 +133,12 @@ class Lease:
         timeout: float | None = None,
         on_progress: Report | None = None,
     ) -> None:
+        for name, value in (("keep_alive", keep_alive), ("timeout", timeout)):
+            number = isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value < 1e9  # False for NaN
+            if value is not None and not (number and (name != "timeout" or value > 0)):
+                raise errors.UsageError(f"{name} must be a number of seconds, not {value!r}", code="bad_spec")
+        if on_progress is not None and not callable(on_progress):
+            raise errors.UsageError(f"on_progress must be a function, not {on_progress!r}", code="bad_spec")
         self._wish = wish
         self._keep_alive = keep_alive
         self._timeout = timeout
@@ -137,39 +147,53 @@ class Lease:
         self._talk: Conversation | None = None
         self._facts: dict[str, Any] = {}
         self._closed = False
-        _leases[id(self)] = self._drop_in_child
+        self._clients: list[Any] = []  # HTTP clients made for this lease, closed with it
+        _leases[id(self)] = ref(self)
 
     def _attach(self) -> None:
         deadline = None if self._timeout is None else time.monotonic() + self._timeout
         question = control.encode({"op": "ENSURE", "id": 1, "wish": self._wish, "keep_alive": self._keep_alive})
-        while True:
-            left = None if deadline is None else max(0.001, deadline - time.monotonic())
-            connection = start.ensure(None, start.DEADLINE if left is None else min(left, start.DEADLINE), then=question)
+        if len(question) > control.LIMIT:
+            raise errors.UsageError("this wish is longer than 64 KiB", code="bad_spec")
+        for death in range(1, DEATHS + 1):
+            patience = start.DEADLINE if deadline is None else min(start.DEADLINE, max(0.001, deadline - time.monotonic()))
+            connection = start.ensure(None, patience, then=question)
             assert connection is not None  # only `start=False` may find nobody
-            self._talk = Conversation(connection, asked=1)
-            if self._closed:  # closed by another thread while we connected
-                self._let_go()
-                raise errors.Unavailable("the lease was closed", code="closed")
+            talk = self._talk = Conversation(connection, asked=1)
             try:
-                answer = self._talk.answer(left, self._on_progress)
+                if self._closed:  # by another thread while we connected
+                    raise errors.Unavailable("the lease was closed", code="closed")
+                left = None if deadline is None else max(0.001, deadline - time.monotonic())
+                answer = talk.answer(left, self._on_progress)
+            except errors.LlmDaemonError:  # first: some of them are TimeoutErrors too
+                self._let_go()
+                raise
             except TimeoutError as e:
                 self._let_go()
+                if deadline is None or time.monotonic() < deadline:
+                    raise  # of the caller's own on_progress
                 raise errors.EngineTimeout(
                     f"{self._wish['model']} was not ready after {self._timeout:g} s",
                     hint="give a larger timeout; `llm-daemon logs` shows why",
                 ) from e
             except OSError as e:
+                lost = not talk.is_open()
                 self._let_go()
                 if self._closed:
                     raise errors.Unavailable("the lease was closed", code="closed") from e
-                if deadline is not None and time.monotonic() >= deadline:
-                    raise errors.DaemonUnresponsive("the daemon died again and again while loading") from e
-                continue  # it died while loading: lifecycle.md, "READY, then the daemon goes"
+                if not lost:
+                    raise  # of the caller's own on_progress
+                time.sleep(0.05 * death)  # it died while loading; perhaps it is the load that kills it
             except BaseException:
                 self._let_go()
                 raise
-            self._facts = {**connection.welcome, "daemon_pid": connection.welcome["pid"], **answer}
-            return
+            else:
+                self._facts = {**connection.welcome, "daemon_pid": connection.welcome["pid"], **answer}
+                return
+        raise errors.Unavailable(
+            f"the daemon died {DEATHS} times while loading {self._wish['model']}", code="daemon_died",
+            hint="`llm-daemon logs --daemon` shows its last words",
+        )  # fmt: skip
 
     def _let_go(self) -> None:
         talk, self._talk = self._talk, None
@@ -189,6 +213,11 @@ class Lease:
         """Whether the lease holds right now, without attaching again."""
         talk = self._talk
         return talk is not None and talk.is_open()
+
+    def is_attached(self) -> bool:
+        """Whether the lease holds and its facts are those of the daemon it holds on to; never waits."""
+        talk = self._talk
+        return talk is not None and self._facts.get("daemon_pid") == talk.welcome["pid"] and talk.is_open()
 
     def _fact(self, name: str) -> Any:
         self.refresh()
@@ -250,6 +279,8 @@ class Lease:
         self._closed = True
         _leases.pop(id(self), None)
         self._let_go()
+        for client in self._clients:
+            client.close()
 
     def _drop_in_child(self) -> None:
         # The child's copy of the fd would keep the parent's lease alive; never shutdown, that would end the parent's.
@@ -274,12 +305,13 @@ class Lease:
         return f"<Lease {self._wish['model']} {state} {self._facts.get('base_url', '')}>"
 
 
-_leases: dict[int, Callable[[], None]] = {}
+_leases: dict[int, ref[Lease]] = {}
 
 
 def _in_child() -> None:
-    for drop in list(_leases.values()):
-        drop()
+    for found in list(_leases.values()):
+        if (lease := found()) is not None:
+            lease._drop_in_child()
 
 
 if hasattr(os, "register_at_fork"):
@@ -302,8 +334,9 @@ def attach(
     """Starts or joins the daemon, loads or joins the model, and returns when it answers.
 
     `spec`: a catalog name (`smollm2-135m`, `name@QUANT`), a path, or `pypi:package==version`.  `context`: tokens for
-    one conversation; `parallel`: conversations at once; `keep_alive`: seconds the model stays idle; `timeout`:
-    seconds for everything (None: as long as there is progress).  `on_progress` is called with a `Progress`.
+    one conversation; `parallel`: conversations at once; `timeout`: seconds for everything (None: as long as there is
+    progress); `keep_alive`: seconds the model stays when idle, also after this lease (the last one given counts for
+    everybody who shares it).  `on_progress` is called with a `Progress`.
 
     Raises UsageError (your move), Unavailable (try again), EngineError (the engine's; shows its last words).
     KeyboardInterrupt leaves nothing behind.  May be called from any thread.
@@ -322,14 +355,21 @@ def attach(
 
 def wish(spec: str | os.PathLike[str], **options: Any) -> dict[str, Any]:
     """The wire form of a wish: what `attach` was asked, with a path made absolute (the daemon has another working folder)."""
-    text = spec if isinstance(spec, str) else os.fspath(spec)
-    if not text.strip():
+    text: Any = os.fspath(spec) if hasattr(spec, "__fspath__") else spec
+    if not isinstance(text, str) or not text.strip():
         raise errors.UsageError(f"a model is named by text, not {spec!r}", code="bad_spec", hint="e.g. smollm2-135m")
     if is_path(text):
-        text = os.path.abspath(os.path.expanduser(text))
+        try:
+            text = os.path.abspath(os.path.expanduser(text))
+        except OSError as e:  # the working folder was deleted
+            raise errors.UsageError(
+                f"cannot tell where {text} is: {e.strerror}", code="bad_spec", hint="give a whole path"
+            ) from None
     out: dict[str, Any] = {"model": text}
     for name, value in options.items():
         if value is not None and value != () and value != []:
+            if value == "":
+                raise errors.UsageError(f"{name} must not be empty", code="bad_spec")
             out[name] = list(value) if name == "args" and not isinstance(value, str) else value
     return out
 
@@ -340,5 +380,6 @@ def is_path(text: str) -> bool:
     >>> is_path("./m.gguf"), is_path("smollm2-135m"), is_path("hf:org/repo:Q4_K_M"), is_path("m.gguf")
     (True, False, False, True)
     """
-    head = text.partition("?")[0]
+    head, _, options = text.partition("?")
+    head = head if "=" in options else text  # a file's name may have a question mark in it
     return text[:1] in "/~." or (":" not in head and head.endswith((".gguf", ".llamafile", ".json")))

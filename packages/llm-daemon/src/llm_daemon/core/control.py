@@ -1,4 +1,4 @@
-"""The control socket's messages: one JSON object a line, 64 KiB at most.  Bytes in, messages out; no IO.
+"""The control socket's messages: one JSON object a line, of bounded length.  Bytes in, messages out; no IO.
 
 HELLO, WELCOME, OLD, GOING, PING, PONG and RETIRE are frozen for ever: they are what two versions share.  After
 WELCOME the connection is a lease (unless HELLO said `"lease": false`) and carries ENSURE and CALL, answered by
@@ -19,7 +19,8 @@ if TYPE_CHECKING:
     from typing import Any
 
 PROTO = 1  # what we speak; the daemon also accepts PROTO - 1
-LIMIT = 65536  # bytes of one line
+LIMIT = 65536  # bytes of one line from a client
+ANSWER_LIMIT = 16 * 2**20  # bytes of one line from the daemon: a status names every lease
 
 
 def encode(message: dict[str, object]) -> bytes:
@@ -77,14 +78,14 @@ class Decoder:
     ([], [{'op': 'PING'}, {'op': 'PONG'}])
     """
 
-    def __init__(self) -> None:
-        self._rest = b""
+    def __init__(self, limit: int = LIMIT) -> None:
+        self._rest, self._limit = b"", limit
 
     def feed(self, data: bytes) -> list[dict[str, Any]]:
         """Messages completed by `data`.  Raises RemoteProtocolError for a line too long or not a JSON object with `op`."""
         *lines, self._rest = (self._rest + data).split(b"\n")
-        if len(self._rest) > LIMIT:
-            raise RemoteProtocolError("the peer sent a line of over 64 KiB on the control socket")
+        if len(self._rest) > self._limit:
+            raise RemoteProtocolError(f"the peer sent a line of over {self._limit} bytes on the control socket")
         out = []
         for line in lines:
             try:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+VETO_PAUSE = 0.05  # seconds until we try to leave again after somebody stood at the door
+
 
 @dataclass(slots=True)
 class Leases:
@@ -26,7 +28,7 @@ class Leases:
         if self.holders or busy:
             self.exit_at = None
         elif self.retiring:
-            self.exit_at = now
+            self.exit_at = now if self.exit_at is None else min(self.exit_at, now + VETO_PAUSE)
         elif self.exit_at is None:
             self.exit_at = now + self.linger
 

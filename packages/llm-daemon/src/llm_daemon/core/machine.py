@@ -14,10 +14,9 @@ from . import events as ev
 from .events import Command, Event, Wire
 from .instance import ABANDON_AFTER, Instance, State
 from .lanes import Lane
-from .leases import Leases
+from .leases import VETO_PAUSE, Leases
 
 FAILED_SHOWN = 600.0  # seconds a failed instance stays in view after it may be tried again
-VETO_PAUSE = 0.05  # seconds until we try to leave again after somebody stood at the door
 
 
 @dataclass(slots=True)
@@ -115,6 +114,10 @@ class Machine:
 
     # Tickets --------------------------------------------------------------------------------------------------
     def _arrived(self, ticket: str, spec: Spec, now: float, out: list[Command]) -> None:
+        if self.leases.retiring and not self.leases.holders:
+            leaving = errors.Unavailable("the daemon is leaving", code="draining", hint="ask again", retry_after=1)
+            out.append(ev.Refuse(ticket, leaving.to_wire()))
+            return
         it = self._place(spec, now)
         if it.state is State.FAILED and now < it.retry_at:
             out.append(ev.Refuse(ticket, _later(it, now)))
@@ -155,7 +158,11 @@ class Machine:
     def _place(self, spec: Spec, now: float) -> Instance:
         """The instance that serves `spec`: the readiest that covers it, else a new one."""
         order = [State.READY, State.STARTING, State.DRAINING, State.STOPPING, State.ABSENT, State.FAILED]
-        fits = [it for it in self.instances.values() if it.spec.covers(spec)]
+        fits = [
+            it
+            for it in self.instances.values()
+            if it.spec.covers(spec) and not (it.state is State.STARTING and it.spec.risks(spec))
+        ]
         if fits:
             return min(fits, key=lambda it: order.index(it.state))
         self.born += 1
@@ -176,7 +183,7 @@ class Machine:
         out.append(ev.Halt(it.id, force))
 
     def _stop(self, it: Instance, force: bool, out: list[Command]) -> None:
-        if it.state is State.READY and it.lane.running and not force:
+        if it.state in (State.READY, State.DRAINING) and it.lane.running and not force:
             it.state = State.DRAINING
             return
         if it.state in (State.STARTING, State.READY, State.DRAINING) or (force and it.state is State.STOPPING):
@@ -198,6 +205,7 @@ class Machine:
         if it.state is not State.STARTING:  # stopped while it was getting ready: the Halt is under way
             return
         it.state = State.READY
+        it.abandon_at = None  # loaded for nothing, but loaded: ttl decides now
         it.failures = 0
         it.last_use = now
         it.lane.slots = slots

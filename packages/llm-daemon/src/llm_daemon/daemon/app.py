@@ -9,9 +9,7 @@ import gc
 import logging
 import os
 import resource
-import secrets
 import select
-import socket
 import sys
 import threading
 from collections.abc import Mapping
@@ -43,6 +41,7 @@ log = logging.getLogger("llm_daemon")
 BEAT = 10.0  # seconds between two looks at ourselves: rare, because an idle daemon should sleep
 WEDGED = 6  # beats of the watchdog without one of the loop
 ENGINE_FIRST = 0.15  # seconds the gateway waits for the first engine to be on its way
+UNSENT_WAIT = 2.0  # seconds that a client which does not read may delay our end
 DEATH_NOTICE = 1.0  # seconds an engine that broke off is given to turn out dead
 TOUCH_EVERY = 360  # beats between touches of our files, so that no cleaner of old files takes them
 
@@ -54,7 +53,7 @@ class Daemon:
         self.born = born
         self.settings = born.settings
         self.started = monotonic()
-        self.token = read_token() if self.settings.auth == "token" else None
+        self.token = born.token
         self.machine = Machine(
             Leases.born(self.settings.linger, self.started),
             self.settings.ttl,
@@ -63,13 +62,13 @@ class Daemon:
         )
         self.pump = Pump(self.machine, self._do)
         self.control = ControlServer(self)
-        self.supervisor = Supervisor(self.settings, born.runtime_dir, born.generation, born.log_dir, self.post)
+        self.supervisor = Supervisor(self.settings, born.catalog, born.registry, born.generation, born.log_dir, self.post)
         self.gateway: Gateway | None = None
         self.turns: dict[str, Turn] = {}
         self.asking: dict[str, asyncio.Task[None]] = {}  # tickets and questions whose model is being looked up
         self.beats = 0
         self.is_ghost = False
-        self._http: socket.socket | None = None
+        self.vetoed_since: float | None = None
         host, port = born.tcp.getsockname()[:2]
         self._base = f"http://{f'[{host}]' if ':' in host else host}:{port}"
         self._welcome: dict[str, object] = {
@@ -91,7 +90,6 @@ class Daemon:
         if swept:
             log.warning("ended %d processes that a killed daemon left behind", swept)
         locating = asyncio.create_task(self.supervisor.ready())
-        self._http = publish_http(self.born.generation)
         await self.control.serve(self.born.listener)
         note = f" ({self.born.port_note})" if self.born.port_note else ""
         log.info("serving at %s%s, pid %d", self._base, note, os.getpid())
@@ -107,7 +105,7 @@ class Daemon:
         from .gateway import Gateway
 
         self.gateway = Gateway(self, token=self.token)
-        await self.gateway.serve(self.born.tcp, self._http)
+        await self.gateway.serve(self.born.tcp, self.born.http)
         gc.enable()
         gc.collect()
         gc.freeze()  # what is loaded now stays: later collections need not look at it
@@ -120,6 +118,8 @@ class Daemon:
     def _do(self, command: Command) -> None:
         match command:
             case ev.Start(instance, spec):
+                for forgotten in set(self.supervisor.live) - set(self.machine.instances):
+                    del self.supervisor.live[forgotten]
                 self.supervisor.start(instance, spec)
             case ev.Halt(instance, force):
                 if self.gateway and (live := self.supervisor.live.get(instance)) and live.process:
@@ -153,12 +153,14 @@ class Daemon:
 
     def _leave(self) -> None:
         """Leaves, if nobody stands at the door.  No await from the look at the door to the end (lifecycle.md, idle exit)."""
-        doors = [s for s in (self.born.listener, self.born.tcp, self._http) if s is not None and s.fileno() >= 0]
+        doors = [s for s in (self.born.listener, self.born.tcp, self.born.http) if s.fileno() >= 0]
         poll = select.poll()
         for door in doors:
             poll.register(door, select.POLLIN)
+        # An answer on its way counts too, for a moment: `stop` wants to hear that it worked.
+        self.vetoed_since = self.vetoed_since or monotonic()
         unsent = any(c.transport.get_write_buffer_size() for c in self.control.connections.values())
-        if unsent or poll.poll(0):  # an answer on its way counts too: `stop` wants to hear that it worked
+        if (unsent and monotonic() < self.vetoed_since + UNSENT_WAIT) or poll.poll(0):
             self.post(ev.ExitVetoed())
             return
         self.born.listener.close()
@@ -182,12 +184,17 @@ class Daemon:
     def retire(self) -> None:
         """A newer client wants a newer daemon: leave at once, or serve the last leases as a ghost (docs/adr/0002)."""
         if self.machine.leases.holders and not self.is_ghost:
+            self._let_successor_in()
+            log.info("retired: serving the last %d leases", len(self.machine.leases.holders))
+        self.post(ev.Retire())
+
+    def _let_successor_in(self) -> None:
+        """Accepts no client any more and gives LIFE away: from here on we only serve those who are here."""
+        if not self.is_ghost:
             self.is_ghost = True
             self.control.close()
             self.born.listener.close()
             fcntl.flock(self.born.life_fd, fcntl.LOCK_UN)
-            log.info("retired: serving the last %d leases", len(self.machine.leases.holders))
-        self.post(ev.Retire())
 
     def ensure(self, lease: str, request: int, message: Mapping[str, Any]) -> None:
         """A client wants a model; it is answered by READY or ERROR."""
@@ -195,15 +202,12 @@ class Daemon:
         def want() -> None:
             keep_alive = message.get("keep_alive")
             try:
-                wish = Wish.of(**dict(message.get("wish") or {"model": ""}))
+                wish = wished(message.get("wish"))
                 if keep_alive is not None and not (isinstance(keep_alive, (int, float)) and 0 <= keep_alive <= 1e9):
                     raise errors.UsageError(f"keep_alive must be seconds, 0 or more, not {keep_alive!r}", code="bad_spec")
                 spec = self.supervisor.resolve(wish)
-            except errors.LlmDaemonError as e:
-                self.control.tell(lease, "ERROR", request, error=e.to_wire())
-            except TypeError:
-                bad = errors.UsageError("a wish needs a model and known options", code="bad_spec")
-                self.control.tell(lease, "ERROR", request, error=bad.to_wire())
+            except Exception as e:
+                self.control.tell(lease, "ERROR", request, error=known(e).to_wire())
             else:
                 if lease in self.control.connections:
                     self.post(ev.Want(lease, request, spec, keep_alive))
@@ -229,12 +233,13 @@ class Daemon:
         if method == "status":
             return status(self)
         if method == "hold":
-            self.control.hold(int(params.get("pid") or 0))
+            pid = params.get("pid")
+            self.control.hold(pid if isinstance(pid, int) else 0)
             return {}
         if method == "stop":
             return self._stop(params.get("model"), bool(params.get("force")))
         if method == "pull":
-            spec = self.supervisor.catalog.resolve(Wish.of(**params["wish"]))
+            spec = self.supervisor.catalog.resolve(wished(params.get("wish")))
             began = monotonic()
             path = await fetch(spec.artifact, Path(paths.cache_dir()), lambda info: say("PROGRESS", info=info))
             return {"path": str(path), "size": os.path.getsize(path), "seconds": monotonic() - began}
@@ -245,7 +250,7 @@ class Daemon:
     def _stop(self, model: str | None, force: bool) -> dict[str, object]:
         instances = list(self.machine.instances.values())
         if model:
-            artifact = self.supervisor.catalog.resolve(Wish.parse(model)).artifact
+            artifact = self.supervisor.catalog.resolve(Wish.parse(str(model))).artifact
             instances = [it for it in instances if it.spec.model == model or it.spec.artifact.key == artifact.key]
         held = {lease for it in instances for lease in it.leases} if model else set(self.machine.leases.holders)
         if held and not force:
@@ -258,7 +263,10 @@ class Daemon:
         for it in instances:
             self.post(ev.StopModel(it.id, force))
         if not model:
-            if force:
+            if force:  # whoever attaches again must find our successor, not us
+                self._let_successor_in()
+                if self.gateway is not None:
+                    self.gateway.close()
                 self._drop_everybody()
             self.post(ev.Retire())
         return {"stopped": stopped, "daemon": not model}
@@ -278,8 +286,8 @@ class Daemon:
         def arrive() -> None:
             try:
                 spec = self._meant(ask.model)
-            except errors.LlmDaemonError as e:
-                turn.refuse(e)
+            except Exception as e:
+                turn.refuse(known(e))
                 return
             self.turns[ask.ticket] = turn
             self.post(ev.Arrived(ask.ticket, spec))
@@ -347,7 +355,9 @@ class Daemon:
     def _beat(self) -> None:
         self.beats += 1
         if not self.machine.leases.retiring and self.is_deposed():
-            log.warning("the runtime folder is gone: leaving when the last lease ends")
+            log.warning("the runtime folder is gone: our clients attach to the next daemon")
+            self._let_successor_in()
+            self._drop_everybody()
             self.post(ev.Retire())
         if self.beats % TOUCH_EVERY == 0 and not self.is_deposed():
             for name in (".", "sock", "start", "token", "http.sock"):
@@ -369,26 +379,19 @@ def watch(daemon: Daemon) -> None:
             os._exit(70)
 
 
-def read_token() -> str:
-    """The bearer token of this runtime folder, made once; it outlives the daemon so that clients can go on."""
-    with suppress(FileNotFoundError):
-        if text := Path("token").read_text().strip():
-            return text
-    token = secrets.token_urlsafe(32)
-    fd = os.open("token.new", os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
-    with os.fdopen(fd, "w") as f:
-        f.write(token + "\n")
-    os.rename("token.new", "token")
-    return token
+def wished(wire: object) -> Wish:
+    """The wish of a client's message.  Raises UsageError for anything that is none."""
+    if not isinstance(wire, dict) or not isinstance(wire.get("model"), str):
+        raise errors.UsageError("a wish needs a model", code="bad_spec", hint="e.g. smollm2-135m")
+    return Wish.of(wire["model"], **{str(k): v for k, v in wire.items() if k != "model"})
 
 
-def publish_http(nonce: str) -> socket.socket:
-    """The gateway's unix socket, put in place by rename as the control socket is."""
-    s = socket.socket(socket.AF_UNIX)
-    s.bind("h." + nonce)
-    s.listen(1024)
-    os.rename("h." + nonce, "http.sock")
-    return s
+def known(e: Exception) -> errors.LlmDaemonError:
+    """The error for the wire: our own as it is, anything else as a bug, which goes into the log too."""
+    if isinstance(e, errors.LlmDaemonError):
+        return e
+    log.exception("a request failed inside the daemon", exc_info=e)
+    return errors.Bug(f"the daemon failed: {e!r}", hint="please report this")
 
 
 def version() -> str:

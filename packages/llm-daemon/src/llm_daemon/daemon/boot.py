@@ -24,9 +24,12 @@ if TYPE_CHECKING:
     from typing import NoReturn
 
     from llm_daemon.config import Settings
+    from llm_daemon.engines.registry import Registry
+    from llm_daemon.models.catalog import Catalog
 
 ELECTION = 10.0  # seconds a candidate waits for a holder of LIFE that neither answers nor goes
 PING_WAIT = 1.0
+OURS = frozenset("start sock http.sock token token.new logs user_state_dir user_cache_dir user_config_dir".split())
 RETRIES = 5  # folder deleted under us while we begin
 
 
@@ -34,8 +37,12 @@ class Born:
     """What the candidate hands to the daemon: open fds and names; everything relative to the runtime folder."""
 
     settings: Settings
+    catalog: Catalog
+    registry: Registry
     log_dir: str
+    token: str | None
     tcp: socket.socket
+    http: socket.socket
 
     def __init__(self, runtime_dir: str, life_fd: int, generation: str, gen_fd: int, listener: socket.socket) -> None:
         self.runtime_dir = runtime_dir
@@ -75,6 +82,11 @@ def open_runtime(path: str) -> int:
             "set LLM_DAEMON_RUNTIME_DIR to a folder of yours",
         )  # fmt: skip
     if st.st_mode & 0o077:
+        if st.st_mode & 0o1000 or not all(name in OURS or name[:2] in ("g-", "s.", "h.") for name in os.listdir(fd)):
+            raise refuse(
+                "UsageError", "runtime_dir", f"the folder {path} is open to others and holds other things",
+                "set LLM_DAEMON_RUNTIME_DIR to a folder of its own; it is made if missing",
+            )  # fmt: skip
         os.fchmod(fd, 0o700)
     if (kind := network_filesystem(path)) is not None:
         raise refuse(
@@ -225,6 +237,35 @@ def prepare(born: Born) -> None:
         raise Refused(e.to_wire()) from None
     open_log(born)
     bind_tcp(born)
+    from llm_daemon.daemon.settings import catalog_and_engines
+
+    try:
+        born.catalog, born.registry = catalog_and_engines(born.settings)
+    except errors.LlmDaemonError as e:
+        raise Refused(e.to_wire()) from None
+    born.token = read_token() if born.settings.auth == "token" else None
+    born.http = socket.socket(socket.AF_UNIX)
+    born.http.bind("h." + born.generation)
+    born.http.listen(1024)
+    os.rename("h." + born.generation, "http.sock")
+
+
+def read_token() -> str:
+    """The bearer token of this runtime folder, made once; it outlives the daemon so that clients can go on."""
+    import base64
+
+    try:
+        with open("token") as f:
+            if text := f.read().strip():
+                return text
+    except FileNotFoundError:
+        pass
+    token = base64.urlsafe_b64encode(os.urandom(32)).decode().rstrip("=")
+    fd = os.open("token.new", os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+    with os.fdopen(fd, "w") as f:
+        f.write(token + "\n")
+    os.rename("token.new", "token")
+    return token
 
 
 def open_log(born: Born) -> None:
@@ -267,7 +308,7 @@ def main() -> None:
     def fail(wire: dict[str, object]) -> NoReturn:
         import json
 
-        verdict(b"ERR " + json.dumps(wire).encode()[:60000])
+        verdict(b"ERR " + json.dumps(wire).encode())
         os._exit(1)
 
     try:
@@ -294,7 +335,7 @@ def main() -> None:
                 "kind": "Bug",
                 "code": "daemon_start",
                 "message": "the daemon failed to start",
-                "data": {"last_words": traceback.format_exc()},
+                "data": {"last_words": traceback.format_exc()[-8000:]},
             }
         )
     if born is None:

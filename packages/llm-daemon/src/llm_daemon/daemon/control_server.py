@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 import socket
 import sys
@@ -16,7 +17,9 @@ from ..core import control
 from ..core.events import Joined, Left, Wire
 from . import identity
 
+log = logging.getLogger("llm_daemon")
 HELLO_WAIT = 2.0  # seconds a connection may stay silent
+UNREAD = 64 * 2**20  # bytes a client may leave unread
 Say = Callable[..., None]  # say(op, **fields): answers one question, any number of times
 
 
@@ -77,11 +80,12 @@ class ControlServer:
         if not hasattr(os, "pidfd_open"):
             raise errors.UsageError("this system cannot watch another process", hint="use `llm-daemon exec` or `serve` instead")
         try:
-            if os.stat(f"/proc/{pid}").st_uid != os.geteuid():
-                raise errors.UsageError(f"process {pid} is not yours")
             fd = os.pidfd_open(pid)
-        except OSError:
+        except (OSError, ValueError):
             raise errors.UsageError(f"there is no process {pid}") from None
+        if os.stat(f"/proc/{pid}").st_uid != os.geteuid():
+            os.close(fd)
+            raise errors.UsageError(f"process {pid} is not yours")
         if any(h.kind == "hold" and h.pid == pid for h in self.holders.values()):
             os.close(fd)  # once is enough: the shell may ask again and again
             return
@@ -133,8 +137,12 @@ class Connection(asyncio.Protocol):
             self._message(message)
 
     def say(self, op: str, **fields: object) -> None:
-        if not self.transport.is_closing():
-            self.transport.write(control.encode({"op": op, **fields}))
+        if self.transport.is_closing():
+            return
+        if self.transport.get_write_buffer_size() > UNREAD:  # it asks and does not read
+            self.transport.abort()
+            return
+        self.transport.write(control.encode({"op": op, **fields}))
 
     def _message(self, message: dict[str, Any]) -> None:
         op = message["op"]
@@ -185,10 +193,17 @@ class Connection(asyncio.Protocol):
             self.say(op, id=request, **fields)
 
         try:
-            result = await self.server.host.call(str(message.get("method")), message.get("params") or {}, say)
+            params = message.get("params") or {}
+            if not isinstance(params, dict):
+                raise errors.RemoteProtocolError("params must be an object")
+            result = await self.server.host.call(str(message.get("method")), params, say)
             say("RESULT", result=result)
         except errors.LlmDaemonError as e:
             say("ERROR", error=e.to_wire())
+        except Exception as e:
+            log.exception("%s failed", message.get("method"))
+            bug = errors.Bug(f"{message.get('method')} failed inside the daemon: {e!r}", hint="please report this")
+            say("ERROR", error=bug.to_wire())
 
     def connection_lost(self, exc: Exception | None) -> None:
         if hasattr(self, "silent"):

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections import deque
 from collections.abc import Callable
 from time import monotonic
 
 from ..core.events import Command, Event, Tick
 from ..core.machine import Machine
+
+log = logging.getLogger("llm_daemon")
 
 
 class Pump:
@@ -36,7 +39,10 @@ class Pump:
         try:
             while self._inbox:
                 for command in self.machine.handle(self._inbox.popleft(), self._now()):
-                    self._do(command)
+                    try:
+                        self._do(command)
+                    except Exception:  # one command that fails must not cost those behind it
+                        log.exception("%r failed", command)
         finally:
             self._busy = False
         self._arm()

@@ -61,7 +61,7 @@ def _instance(daemon: Daemon, it: Instance, now: float) -> dict[str, Any]:
         "closes_in": None if closes_at is None else max(0.0, closes_at - now),
         "argv": list(live.plan.argv) if live and live.plan else [],
         "log": live.log_path if live else "",
-        "error": it.error,
+        "error": it.error and {**it.error, "data": {k: v for k, v in it.error.get("data", {}).items() if k != "last_words"}},
         "progress": live.progress if live and it.state.value == "starting" else None,
         "starts": it.starts,
     }

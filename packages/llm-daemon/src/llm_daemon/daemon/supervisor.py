@@ -28,6 +28,7 @@ from .process import EngineProcess, Exit, scrubbed_env
 
 log = logging.getLogger("llm_daemon")
 SOCKET = "engine.sock"
+BEYOND = 4  # times the machine's memory: what no GPU beside it would make up for
 RESOLVED, RESOLVED_FOR = 256, 5.0  # wishes remembered, and seconds for which a name keeps its meaning
 
 
@@ -54,12 +55,18 @@ class Supervisor:
     """One for the daemon; used on the loop's thread only.  Reports Up, Down and Progressed through `post`."""
 
     def __init__(
-        self, settings: Settings, runtime_dir: str, generation: str, log_dir: str, post: Callable[[Event], None]
+        self,
+        settings: Settings,
+        catalog: Catalog,
+        registry: Registry,
+        generation: str,
+        log_dir: str,
+        post: Callable[[Event], None],
     ) -> None:
         self.settings = settings
-        self.catalog = Catalog.load(settings.catalog)
+        self.catalog = catalog
         self.live: dict[str, Live] = {}
-        self._runtime_dir = runtime_dir
+        self.registry = registry
         self._generation = generation
         self._log_dir = log_dir
         self._post = post
@@ -80,9 +87,11 @@ class Supervisor:
         return self._locating is not None and self._locating.done()
 
     def _locate(self) -> None:
-        self.registry = Registry(self.settings.engines)
         for name in self.registry.names:
-            self.registry.locate(name)
+            try:
+                self.registry.locate(name)
+            except Exception:  # whoever wishes for this one will hear of it
+                log.exception("looking for %s failed", name)
 
     def resolve(self, wish: Wish) -> Spec:
         """The spec of a wish, with its open options decided.  Call `ready` first.
@@ -128,14 +137,14 @@ class Supervisor:
     async def _start(self, instance: str, live: Live) -> None:
         error: errors.LlmDaemonError | None = None
         try:
-            await self._bring_up(instance, live)
+            await self._bring_up(instance, live)  # whatever comes of it, Up or Down is said in the end
         except asyncio.CancelledError:
             pass  # Halt: nobody waits for this start any more
         except errors.LlmDaemonError as e:
             error = e
         except Exception as e:
-            log.exception("start of %s failed", live.spec.model)
-            error = errors.Bug(f"starting {live.spec.model} failed: {e!r}", hint="please report this")
+            log.exception("start of %s failed", instance)
+            error = errors.Bug(f"starting {instance} failed: {e!r}", hint="please report this")
         else:
             assert live.plan is not None
             log.info("%s is ready: %s, pid %s", instance, live.engine, live.process and live.process.pid)
@@ -145,7 +154,7 @@ class Supervisor:
         process, live.process = live.process, None
         if process is not None:
             process.kill_now()
-            await process.wait()
+            await process.wait()  # never raises, and nobody cancels us any more
         if error is not None:
             log.warning("%s did not start: %s", instance, error)
             if live.log_path:
@@ -168,6 +177,14 @@ class Supervisor:
             header = await asyncio.to_thread(read_header, path)
             if spec.wish.context is None and header.context_length:
                 context = min(context, header.context_length)
+            parallel = full.parallel or self.settings.parallel
+            need = header.tensor_bytes + (header.kv_bytes_per_token or 0) * context * parallel
+            if need > BEYOND * (memory := os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")):
+                raise errors.UsageError(
+                    f"{spec.model} would need some {need / 1e9:,.0f} GB ({context} tokens for {parallel} conversations); "
+                    f"this machine has {memory / 1e9:.0f} GB",
+                    code="too_large", hint="ask for a smaller context",
+                )  # fmt: skip
         progress({"phase": "load", "message": f"{name} loads {spec.model}"})
         grant = Grant(
             model_path=str(path), alias=spec.model, socket=SOCKET, context=context,
@@ -180,7 +197,8 @@ class Supervisor:
         live.log_path = paths.engine_log(self._log_dir, spec.model)
         live.log = RotatingLog(live.log_path)
         self._starts += 1
-        live.folder = os.path.join(self._runtime_dir, f"g-{self._generation}", f"{instance}-{self._starts}")
+        # Relative to the runtime folder, our working folder: if that was deleted this fails, and never meets our successor's.
+        live.folder = os.path.join(f"g-{self._generation}", f"{instance}-{self._starts}")
         log.info("%s starts: %s", instance, " ".join(live.plan.argv))
         live.process = await EngineProcess.start(
             live.plan, folder=live.folder, env={**scrubbed_env(os.environ, self._generation), **user_env},
@@ -194,7 +212,7 @@ class Supervisor:
     def _threads(self) -> int:
         """Cores minus one, shared with the engines that run already: spinning on all cores costs a factor of 3 to 70."""
         if self.settings.threads:
-            return self.settings.threads
+            return min(self.settings.threads, usable_cores())
         others = sum(1 for live in self.live.values() if live.process is not None)
         return max(1, (usable_cores() - 1) // (others + 1))
 
@@ -222,7 +240,11 @@ class Supervisor:
             return
         process, live.process = live.process, None
         status = exit.status if exit.signal is None else -exit.signal
-        _, line = self.registry.get(live.engine).diagnose(status, process.last_words())
+        try:
+            _, line = self.registry.get(live.engine).diagnose(status, process.last_words())
+        except Exception:
+            log.exception("the adapter of %s failed", live.engine)
+            line = ""
         error = errors.EngineError(
             f"{live.engine} with {live.spec.model} died ({exit})" + (f": {line}" if line else ""),
             code="engine_died",

@@ -53,7 +53,7 @@ class Xllamacpp:
 
     def locate(self, config: Mapping[str, Any]) -> Location | Missing:
         """The package as this Python sees it, unless it could not be loaded on this machine."""
-        install = f'{os.path.basename(sys.executable)} -m pip install "llm-daemon[llamacpp]"'
+        install = f'{sys.executable} -m pip install "llm-daemon[llamacpp]"'
         found = importlib.util.find_spec("xllamacpp")
         if found is None or not found.origin:
             return Missing("the Python package xllamacpp is not installed", install)

@@ -18,7 +18,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from ..errors import Unavailable
+from ..errors import Unavailable, UsageError
 from ..spec import Artifact
 from .sources import slug
 
@@ -67,6 +67,12 @@ class Store:
             folders = [Path(entry) for entry in os.scandir(self._models) if entry.is_dir(follow_symlinks=False)]
         except FileNotFoundError:
             return []
+        except OSError as e:
+            raise UsageError(
+                f"cannot read the model store {self._models}: {e.strerror}",
+                code="cache_unwritable",
+                hint="set LLM_DAEMON_CACHE_DIR to a folder of yours",
+            ) from None
         return sorted((s for f in folders if (s := self._read(f))), key=lambda s: (s.locator, s.id))
 
     def disk_bytes(self) -> int:
@@ -103,8 +109,16 @@ class Store:
     @contextmanager
     def _lock(self, name: str, on_wait: Callable[[], None] | None) -> Iterator[None]:
         locks = self.root / "locks"
-        locks.mkdir(parents=True, exist_ok=True)
-        fd = os.open(locks / name, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            locks.mkdir(parents=True, exist_ok=True)
+            fd = os.open(locks / name, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        except OSError as e:
+            if on_wait is not None:
+                raise  # the worker knows more about the disk, and says it
+            raise UsageError(
+                f"cannot write to the model store {self.root}: {e.strerror}", code="cache_unwritable", status=507,
+                hint="set LLM_DAEMON_CACHE_DIR to a folder that can be written",
+            ) from None  # fmt: skip
         try:
             try:
                 fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -105,18 +105,26 @@ class World:
             child.wait()
             if child.stdout:
                 child.stdout.close()
+        end = time.monotonic() + 20
+        while found := self.processes():  # more than once: a client may have been killed while it started the next daemon
+            if time.monotonic() > end:
+                for pid in found:
+                    os.kill(pid, signal.SIGKILL)
+                raise AssertionError(f"still alive, killed now: {found}")
+            self._stop()
+            wait_gone(next(iter(found)), 1.0)
+
+    def _stop(self) -> None:
         talk = None
         try:
             talk = sync.connect(start_daemon=False, lease=False)
             if talk is not None:
                 talk.ask("CALL", 10, method="stop", params={"force": True})
         except Exception:
-            for pid in self.processes():
-                os.kill(pid, signal.SIGKILL)
+            pass  # on its way out already, or broken: the census tells
         finally:
             if talk is not None:
                 talk.close()
-        self.wait_empty(10)
 
 
 def wait_gone(pid: int, within: float) -> bool:
