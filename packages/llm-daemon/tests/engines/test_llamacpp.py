@@ -322,7 +322,7 @@ def test_xllamacpp_is_found_without_importing_it(tmp_path: Path, monkeypatch: py
     (tmp_path / "xllamacpp" / "__init__.py").write_text("raise SystemExit('imported')")
     monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
     monkeypatch.setattr(xllamacpp, "_cpu_flags", lambda: frozenset({"avx2"}))
-    monkeypatch.setattr("ctypes.util.find_library", lambda name: "libgomp.so.1")
+    monkeypatch.setattr("llm_daemon.engines.xllamacpp._has_libgomp", lambda: True)
     importlib.invalidate_caches()
     where = Xllamacpp().locate({})
     assert isinstance(where, Location)
@@ -333,7 +333,7 @@ def test_xllamacpp_is_found_without_importing_it(tmp_path: Path, monkeypatch: py
     ("target", "value", "reason", "hint"),
     [
         ("importlib.util.find_spec", lambda name: None, "not installed", 'pip install "llm-daemon[llamacpp]"'),
-        ("ctypes.util.find_library", lambda name: None, "libgomp.so.1", "apt install libgomp1"),
+        ("llm_daemon.engines.xllamacpp._has_libgomp", lambda: False, "libgomp.so.1", "apt install libgomp1"),
         ("llm_daemon.engines.xllamacpp._cpu_flags", lambda: frozenset({"sse2"}), "avx2", "llama-server"),
     ],
 )
@@ -342,7 +342,7 @@ def test_what_xllamacpp_lacks_is_named(
 ) -> None:
     spec = importlib.util.spec_from_file_location("xllamacpp", "/somewhere/xllamacpp/__init__.py")
     monkeypatch.setattr("importlib.util.find_spec", lambda name: spec)
-    monkeypatch.setattr("ctypes.util.find_library", lambda name: "libgomp.so.1")
+    monkeypatch.setattr("llm_daemon.engines.xllamacpp._has_libgomp", lambda: True)
     monkeypatch.setattr("platform.machine", lambda: "x86_64")
     monkeypatch.setattr("sys.platform", "linux")
     monkeypatch.setattr(target, value)

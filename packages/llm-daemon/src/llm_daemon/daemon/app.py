@@ -301,7 +301,7 @@ class Daemon:
             if len(loaded) == 1:
                 return loaded[0].spec
             model = self.settings.default_model
-        return self.supervisor.resolve(Wish.parse(model))
+        return self.supervisor.resolve(model)
 
     def cancel(self, ticket: str) -> None:
         if task := self.asking.pop(ticket, None):

@@ -72,7 +72,7 @@ class Supervisor:
         self._post = post
         self._locating: asyncio.Task[None] | None = None
         self._starts = 0
-        self._resolved: dict[Wish, tuple[Spec, float]] = {}
+        self._resolved: dict[Wish | str, tuple[Spec, float]] = {}
         self.spawned = asyncio.Event()  # an engine process was started, for the first time
 
     # What is asked for ----------------------------------------------------------------------------------------
@@ -93,19 +93,18 @@ class Supervisor:
             except Exception:  # whoever wishes for this one will hear of it
                 log.exception("looking for %s failed", name)
 
-    def resolve(self, wish: Wish) -> Spec:
-        """The spec of a wish, with its open options decided.  Call `ready` first.
+    def resolve(self, wish: Wish | str) -> Spec:
+        """The spec of a wish or of its text, with its open options decided.  Call `ready` first.
 
         Raises UsageError for an unknown model or engine, EngineError when no engine can run it here.
         """
-        # Asked for every request.  A name means the same for a while; a file may be another one the next moment.
+        # Asked for every request.  A name means the same for a while; a file may soon be another one.
         spec, until = self._resolved.get(wish, (None, 0.0))
         if spec is None or monotonic() > until:
-            spec = self._resolve(wish)
-            if spec.artifact.source != "file":
-                if len(self._resolved) >= RESOLVED:
-                    self._resolved.clear()
-                self._resolved[wish] = spec, monotonic() + RESOLVED_FOR
+            spec = self._resolve(Wish.parse(wish) if isinstance(wish, str) else wish)
+            if len(self._resolved) >= RESOLVED:
+                self._resolved.clear()
+            self._resolved[wish] = spec, monotonic() + (0.5 if spec.artifact.source == "file" else RESOLVED_FOR)
         return spec
 
     def _resolve(self, wish: Wish) -> Spec:

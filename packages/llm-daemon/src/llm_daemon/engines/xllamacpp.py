@@ -44,6 +44,17 @@ _FLAGS: dict[str, tuple[str, Callable[[str], Any] | None]] = {
 }
 
 
+def _has_libgomp() -> bool:
+    """Whether the loader would find OpenMP: by a look into its cache, for `find_library` runs a program to ask it (ld.so(8))."""
+    try:
+        with open("/etc/ld.so.cache", "rb") as f:
+            if b"libgomp.so.1\0" in f.read():
+                return True
+    except OSError:
+        pass
+    return ctypes.util.find_library("gomp") is not None
+
+
 class Xllamacpp:
     """See base.Adapter."""
 
@@ -57,7 +68,7 @@ class Xllamacpp:
         found = importlib.util.find_spec("xllamacpp")
         if found is None or not found.origin:
             return Missing("the Python package xllamacpp is not installed", install)
-        if sys.platform == "linux" and not ctypes.util.find_library("gomp"):
+        if sys.platform == "linux" and not _has_libgomp():
             return Missing("the system library libgomp.so.1 is missing", "apt install libgomp1")
         if platform.machine() in ("x86_64", "AMD64") and (flags := _cpu_flags()) and "avx2" not in flags:
             return Missing("the CPU lacks avx2", "build llama-server for this machine and put it on PATH")
