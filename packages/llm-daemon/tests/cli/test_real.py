@@ -36,7 +36,8 @@ def test_a_day_with_the_command_line(cli: Cli, tmp_path: Path) -> None:
     assert (instance["model"], instance["state"], instance["leases"]) == ("smollm2-135m", "ready", [])
     assert cli("models", "rm", "smollm2-135m").status == 75
     assert cli("logs", "smollm2-135m", "-n", "5").out and "is ready" in cli("logs", "--daemon").out
-    assert cli("doctor").status == 0
+    doctor = cli("doctor")
+    assert doctor.status == 0, doctor.out + doctor.err
     pids = [state["daemon"]["pid"], instance["pid"], instance["keeper_pid"]]
     assert cli("stop").out == "stopped smollm2-135m\nthe daemon has ended\n"
     assert [pid for pid in pids if psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE] == []

@@ -21,8 +21,10 @@ PAUSE, LONGEST_PAUSE = 0.5, 30.0  # seconds between attempts to attach again
 
 def attach(model: str, quiet: bool = False, keep_alive: float | None = None, **options: Any) -> Any:
     """A `Lease` on a loaded model, with progress on stderr."""
+    from ..config import Settings
     from .progress import Display
 
+    Settings.load()  # a daemon that runs does not read them again: what is wrong with them is said now
     with Display(quiet) as display:
         return sync.attach(model, on_progress=display, keep_alive=keep_alive, **options)
 

@@ -285,59 +285,59 @@ def open_log(born: Born) -> None:
     born.log_dir = folder
 
 
+class Report:
+    """The pipe to whoever started us: one verdict, then closed."""
+
+    def __init__(self, fd: int) -> None:
+        os.set_inheritable(fd, False)
+        self._fd = fd
+
+    def verdict(self, line: bytes) -> None:
+        if self._fd >= 0:
+            try:
+                os.write(self._fd, line + b"\n")
+            except OSError:
+                pass  # the client is gone; somebody else will come
+            os.close(self._fd)
+            self._fd = -1
+
+    def fail(self, wire: dict[str, object]) -> NoReturn:
+        import json
+
+        self.verdict(b"ERR " + json.dumps(wire).encode())
+        os._exit(1)
+
+
+def begin(report: Report) -> Born | None:
+    """`candidate`, with everything that can go wrong put into the report."""
+    # Last, not first: a backport in site-packages must not stand before the standard library.
+    sys.path.append(os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__)))))
+    from llm_daemon.paths import runtime_dir
+
+    try:
+        return candidate(runtime_dir(), report.verdict)
+    except Refused as e:
+        report.fail(e.args[0])
+    except OSError as e:
+        full = e.errno in (errno.ENOSPC, errno.EDQUOT, errno.EMFILE, errno.ENFILE, errno.EROFS)
+        hint = "free some space or files, or set LLM_DAEMON_RUNTIME_DIR" if full else "please report this"
+        where = f" ({e.filename})" if e.filename else ""
+        message = f"the daemon cannot start in {runtime_dir()}: {e.strerror}{where}"
+        report.fail({"kind": "Unavailable" if full else "Bug", "code": "daemon_start", "message": message, "hint": hint})
+    except BaseException:
+        import traceback
+
+        data = {"last_words": traceback.format_exc()[-8000:]}
+        report.fail({"kind": "Bug", "code": "daemon_start", "message": "the daemon failed to start", "data": data})
+
+
 def main() -> None:
     gc.disable()  # everything made while starting stays; the daemon turns it on again
-    verdict_fd = int(sys.argv[1])
-    os.set_inheritable(verdict_fd, False)
     os.umask(0o077)
     # Whoever started us reaps the launcher at once; the candidate belongs to init and to no terminal.
     if os.fork():
         os._exit(0)
-
-    said: list[bytes] = []
-
-    def verdict(line: bytes) -> None:
-        if not said:
-            said.append(line)
-            try:
-                os.write(verdict_fd, line + b"\n")
-            except OSError:
-                pass  # the client is gone; somebody else will come
-            os.close(verdict_fd)
-
-    def fail(wire: dict[str, object]) -> NoReturn:
-        import json
-
-        verdict(b"ERR " + json.dumps(wire).encode())
-        os._exit(1)
-
-    try:
-        # Last, not first: a backport in site-packages must not stand before the standard library.
-        sys.path.append(os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__)))))
-        from llm_daemon.paths import runtime_dir
-
-        born = candidate(runtime_dir(), verdict)
-    except Refused as e:
-        fail(e.args[0])
-    except OSError as e:
-        full = e.errno in (errno.ENOSPC, errno.EDQUOT, errno.EMFILE, errno.ENFILE, errno.EROFS)
-        where = f" ({e.filename})" if e.filename else ""
-        fail({
-            "kind": "Unavailable" if full else "Bug", "code": "daemon_start",
-            "message": f"the daemon cannot start in {os.getcwd() if not full else runtime_dir()}: {e.strerror}{where}",
-            "hint": "free some space or files, or set LLM_DAEMON_RUNTIME_DIR" if full else "please report this",
-        })  # fmt: skip
-    except BaseException:
-        import traceback
-
-        fail(
-            {
-                "kind": "Bug",
-                "code": "daemon_start",
-                "message": "the daemon failed to start",
-                "data": {"last_words": traceback.format_exc()[-8000:]},
-            }
-        )
+    born = begin(Report(int(sys.argv[1])))
     if born is None:
         os._exit(0)
     try:
