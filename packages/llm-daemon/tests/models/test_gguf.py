@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, strategies as st
 
 from llm_daemon.errors import UsageError
-from llm_daemon.models.gguf import _BLOCKS, _QUANTS, MAX_HEADER, read_header
+from llm_daemon.models.gguf import _BLOCKS, _QUANTS, MAX_HEADER, header, read_header
 
 Make = Callable[..., bytes]
 
@@ -173,3 +173,30 @@ def _seconds(path: Path) -> float:
     begin = time.perf_counter()
     read_header(path)
     return time.perf_counter() - begin
+
+
+def test_a_header_is_remembered_as_long_as_the_file_is_the_same(
+    tmp_path: Path, gguf: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "m.gguf"
+    path.write_bytes(gguf())
+    read: list[object] = []
+
+    def counted(p: str) -> object:
+        read.append(p)
+        return read_header(p)
+
+    monkeypatch.setattr("llm_daemon.models.gguf.read_header", counted)
+    assert header(path) == header(path) == read_header(path)
+    assert len(read) == 1
+    path.write_bytes(gguf() + bytes(64))
+    header(path)
+    assert len(read) == 2
+    stored = tmp_path / "store" / "m.gguf"
+    stored.parent.mkdir()
+    stored.write_bytes(gguf())
+    assert header(stored, stored=True) == header(stored, stored=True) == read_header(stored)
+    (tmp_path / "store" / "header.json").write_text("{")
+    assert header(stored, stored=True) == read_header(stored)
+    with pytest.raises(UsageError):
+        header(tmp_path / "gone.gguf")

@@ -20,7 +20,7 @@ from ..engines.base import Grant, Plan, usable_cores
 from ..engines.registry import Registry
 from ..models.catalog import Catalog
 from ..models.fetch import fetch
-from ..models.gguf import read_header
+from ..models.gguf import header as gguf_header
 from ..spec import Spec, Wish
 from .logs import RotatingLog
 from .probe import wait_ready
@@ -173,7 +173,7 @@ class Supervisor:
         name = adapter.name
         context = full.context or self.settings.context
         if str(path).endswith(".gguf"):
-            header = await asyncio.to_thread(read_header, path)
+            header = await asyncio.to_thread(gguf_header, path, stored=spec.artifact.source != "file")
             if spec.wish.context is None and header.context_length:
                 context = min(context, header.context_length)
             parallel = full.parallel or self.settings.parallel

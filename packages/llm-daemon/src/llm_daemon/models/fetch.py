@@ -17,7 +17,7 @@ from typing import Any
 from ..errors import Bug, LlmDaemonError, Unavailable, UsageError, from_wire
 from ..spec import Artifact
 from .delivery import redact
-from .gguf import read_header
+from .gguf import header
 from .store import Store
 
 _GRACE = 3.0  # seconds between asking the helper to stop and making it
@@ -48,7 +48,7 @@ async def fetch(
     """
     if path := Store(root).path(artifact):
         if artifact.source == "file" and path.suffix.lower() == ".gguf":
-            await asyncio.to_thread(read_header, path)
+            await asyncio.to_thread(header, path)
         return path
     if artifact.source == "file":
         raise UsageError(f"no model file {artifact.locator}", code="unknown_model", status=404, hint="check the path")

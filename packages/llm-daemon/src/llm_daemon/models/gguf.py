@@ -10,8 +10,12 @@ from __future__ import annotations
 import math
 import os
 import struct
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
+
+import msgspec
 
 from ..errors import UsageError
 
@@ -75,6 +79,30 @@ class _Short(Exception):
 
 class _Corrupt(Exception):
     """The header contradicts itself; the text says how."""
+
+
+def header(path: str | os.PathLike[str], *, stored: bool = False) -> GgufInfo:
+    """`read_header`, remembered by the file's identity; of a `stored` file (whose bytes never change) beside it on disk."""
+    beside = Path(path).with_name("header.json")
+    if stored:
+        with suppress(OSError, msgspec.MsgspecError):
+            return msgspec.json.decode(beside.read_bytes(), type=GgufInfo)
+    try:
+        st = os.stat(path)
+    except OSError:
+        return read_header(path)  # says what is wrong
+    found = _remembered(os.fspath(path), st.st_dev, st.st_ino, st.st_size, st.st_mtime_ns)
+    if stored:
+        with suppress(OSError):  # a full or read-only disk: read it again the next time
+            half = beside.with_suffix(f".{os.getpid()}")
+            half.write_bytes(msgspec.json.encode(found))
+            half.rename(beside)
+    return found
+
+
+@lru_cache(maxsize=16)
+def _remembered(path: str, *identity: int) -> GgufInfo:
+    return read_header(path)
 
 
 def read_header(path: str | os.PathLike[str]) -> GgufInfo:
