@@ -229,7 +229,7 @@ def test_a_daemon_killed_by_every_load_is_not_started_for_ever(world: World, fak
                 if "boot" in command:
                     os.kill(pid, signal.SIGKILL)
 
-    with pytest.raises(errors.Unavailable, match="died 3 times"):
+    with pytest.raises(errors.Unavailable, match="died 8 times"):
         attach(model, on_progress=kill)
 
 

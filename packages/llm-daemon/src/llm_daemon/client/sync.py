@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     Report = Callable[["Progress"], object]
 
 _PEEK = socket.MSG_PEEK | socket.MSG_DONTWAIT
-DEATHS = 3  # of the daemon in one attach, before we say so instead of trying again
+DEATHS = 8  # of the daemon in one attach, before we say so: a storm of kills must not fail it, an endless one must
 
 
 class Progress:
