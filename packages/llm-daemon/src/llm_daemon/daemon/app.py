@@ -263,6 +263,7 @@ class Daemon:
         for it in instances:
             self.post(ev.StopModel(it.id, force))
         if not model:
+            self.vetoed_since = None  # this answer gets its moment, whatever delayed us once before
             if force:  # whoever attaches again must find our successor, not us
                 self._let_successor_in()
                 if self.gateway is not None:
