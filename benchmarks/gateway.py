@@ -99,7 +99,7 @@ class Desk:
     def cancel(self, ticket: str) -> None:
         pass
 
-    def ended(self, ticket: str) -> None:
+    def ended(self, ticket: str, served: bool = False) -> None:
         pass
 
     def lost(self, ask: Any, turn: Any, error: Any) -> bool:

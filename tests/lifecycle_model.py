@@ -1,10 +1,13 @@
 """The start, attach and exit protocol as an exhaustive model: every order of steps and faults, and what must never happen.
 
-Clients are (state, daemon): I idle, Q in a daemon's backlog, N must spawn, T may spawn (looks again first), W waits for a
-verdict, A attached, D detached, F killed, B told "it is up" and found nothing; R is the client of mutant M1, which
-trusts the verdict.  Daemons are (state, folder, listening, verdict): E electing, O has the folder open, L holds LIFE,
-S serving, X decided to leave, Y listener closed, V and H retiring, G a ghost that serves its last leases, K being killed,
-Z free.  A world is (clients, daemons, backlog, leases, folder, published daemon, holder of START).
+Clients are (state, daemon): I idle, Q in a daemon's backlog, N wants START, T has it or goes on without (looks again
+first), J in a backlog by that second look, M must spawn, W waits for a verdict, A attached, D detached, F killed, B told
+"it is up" and found nothing; R is the client of mutant M1, which trusts the verdict.  Daemons are (state, folder,
+listening, verdict): E electing, O has the folder open, L holds LIFE, C knows that the folder is still the one, S serving,
+X decided to leave, Y listener closed, V and H retiring, G a ghost that serves its last leases, K being killed, Z free.
+A world is (clients, daemons, backlog, leases, folder, published daemon, holder of START).
+
+`tests/lifecycle_twin.py` drives the product's own machines beside it, step by step.
 
 Run as a script for the large instance: `python tests/lifecycle_model.py 2 3 [M1 ...] [nofault]`.
 """
@@ -21,7 +24,7 @@ Client = tuple[str, int | None]
 Daemon = tuple[str, int | None, bool, str | None]
 Pair = tuple[int, int]  # (daemon, client)
 FREE: Daemon = ("Z", None, False, None)
-HOLDS_LIFE = frozenset("LSXYVHK")
+HOLDS_LIFE = frozenset("LCSXYVHK")
 PROGRESS, CHOICE, FAULT = 0, 1, 2
 MUTANTS = {
     "M1": "the verdict is trusted, and a busy lock means leaving",
@@ -64,13 +67,13 @@ class Model:
 
     def steps(self, w: World) -> Iterator[Step]:
         for i in range(self.clients):
-            yield from self._client(w, i)
+            yield from self.of_client(w, i)
         for j in range(self.slots):
-            yield from self._daemon(w, j)
+            yield from self.of_daemon(w, j)
         if self.faults and w.folder < 1 and "M3" not in self.mutants:
-            yield "CLEAN", FAULT, w._replace(folder=1, sock=None)  # somebody removes the runtime folder
+            yield "CLEAN", FAULT, w._replace(folder=1, sock=None, start=None)  # somebody removes the runtime folder
 
-    def _client(self, w: World, i: int) -> Iterator[Step]:
+    def of_client(self, w: World, i: int) -> Iterator[Step]:
         state, d = w.clients[i]
 
         def to(new: str, daemon: int | None = None, **more: Any) -> World:
@@ -79,23 +82,28 @@ class Model:
         freed = None if w.start == i else w.start
         if state in "ITR":
             if w.sock is not None and w.daemons[w.sock][2]:
-                yield "connect", PROGRESS, to("Q", w.sock, backlog=tuple(sorted((*w.backlog, (w.sock, i)))), start=freed)
+                queue = "J" if state == "T" else "Q"
+                yield "connect", PROGRESS, to(queue, w.sock, backlog=tuple(sorted((*w.backlog, (w.sock, i)))))
             elif state == "R":
                 yield "broken", PROGRESS, to("B")
-            elif state == "I":
-                yield "refused", PROGRESS, to("N")
             else:
-                free = [j for j in range(self.slots) if w.daemons[j] == FREE and all(c[1] != j for c in w.clients)]
-                if free:
-                    j = free[0]
-                    yield "spawn", PROGRESS, to("W", j, daemons=(*w.daemons[:j], ("E", None, False, None), *w.daemons[j + 1 :]))
+                yield "refused", PROGRESS, to("N" if state == "I" else "M")
+        elif state == "M":
+            free = [j for j in range(self.slots) if w.daemons[j] == FREE and all(c[1] != j for c in w.clients)]
+            if free:
+                j = free[0]
+                yield "spawn", PROGRESS, to("W", j, daemons=(*w.daemons[:j], ("E", None, False, None), *w.daemons[j + 1 :]))
         elif state == "N":
             yield ("START", PROGRESS, to("T", start=i)) if w.start is None else ("backoff", PROGRESS, to("I"))
             if self.faults:
-                yield "no-START", FAULT, to("T")  # it was busy for too long: go on without
+                yield "no-START", FAULT, to("T")  # busy for too long, or no lock can be had there: go on without
+                yield "no-folder", FAULT, to("I")  # deleted between two steps
         elif d is not None:
-            if state == "Q" and (d, i) not in w.backlog + w.leases:
-                yield "reset", PROGRESS, to("I")
+            if state in "QJ":
+                if (d, i) not in w.backlog:
+                    yield "reset", PROGRESS, to("N" if state == "Q" else "M")
+                elif self.faults:  # stopped, or too busy: it hangs up and begins again, and never starts another
+                    yield "no-answer", FAULT, to("I", backlog=without(w.backlog, lambda p: p == (d, i)), start=freed)
             if state == "W" and (w.daemons[d][3] or w.daemons[d][0] == "Z"):
                 yield "verdict", PROGRESS, to("R" if "M1" in self.mutants else "I", start=freed)
             if state == "A":
@@ -111,7 +119,7 @@ class Model:
             }
             yield "KILL-client", FAULT, to("F", start=freed, **left)
 
-    def _daemon(self, w: World, j: int) -> Iterator[Step]:
+    def of_daemon(self, w: World, j: int) -> Iterator[Step]:
         state, folder, listening, verdict = w.daemons[j]
 
         def to(*new: object, **more: Any) -> World:
@@ -128,30 +136,41 @@ class Model:
         elif state == "O":
             if not any(x[1] == folder and x[0] in HOLDS_LIFE for x in w.daemons):
                 yield "lock", PROGRESS, to("L", folder, False, None)
-            elif "M1" in self.mutants or (w.sock is not None and w.daemons[w.sock][2] and w.daemons[w.sock][0] == "S"):
+            elif "M1" in self.mutants or (folder == w.folder and w.sock is not None and w.daemons[w.sock][0] == "S"):
                 yield "already", PROGRESS, to("Z", None, False, "ALREADY")  # busy, and it answered PING
-            elif folder != w.folder:
-                yield "reopen", PROGRESS, to("E", None, False, None)
+            elif self.faults:
+                yield "give-up", FAULT, to("Z", None, False, "ERR")  # its holder neither answers nor goes
         elif state == "L":
+            if folder == w.folder or "M3" in self.mutants:
+                yield "check", PROGRESS, to("C", folder, False, None)
+            else:
+                yield "reopen", PROGRESS, to("E", None, False, None)
+        elif state == "C":
             if folder == w.folder or self.mutants & {"M3", "M6"}:
                 yield "publish", PROGRESS, to("S", folder, True, "READY", sock=j)
             else:
-                yield "enoent", PROGRESS, to("Z", None, False, "ERR")
+                yield "enoent", PROGRESS, to("E", None, False, None)  # names are relative: a deleted folder has none
         elif state == "S":
+            deposed = folder != w.folder
             for p in queued:
-                client = (*w.clients[: p[1]], ("A", j), *w.clients[p[1] + 1 :])
+                client = (*w.clients[: p[1]], ("I", None) if deposed else ("A", j), *w.clients[p[1] + 1 :])
+                leases = w.leases if deposed else tuple(sorted((*w.leases, p)))
                 rest = without(w.backlog, lambda r, p=p: r == p)  # type: ignore[misc]
-                yield "accept", PROGRESS, w._replace(clients=client, backlog=rest, leases=tuple(sorted((*w.leases, p))))
+                start = None if w.start == p[1] else w.start
+                after = w._replace(clients=client, backlog=rest, leases=leases, start=start)
+                yield "going" if deposed else "accept", PROGRESS, after
             if not queued and (not leased or "M4" in self.mutants):
-                yield "idle", PROGRESS if folder != w.folder else CHOICE, to("X", folder, True, verdict)
-            if not queued:
-                yield "RETIRE", CHOICE, to("V", folder, True, verdict)
+                yield "idle", CHOICE, to("X", folder, True, verdict)
+            # A newer client's word, or `stop --force`; a deposed daemon looks at itself now and then, and goes this way.
+            yield "RETIRE", PROGRESS if deposed else CHOICE, to("V", folder, True, verdict)
         elif state in "XV":
             closed = to({"X": "Y", "V": "H"}[state], folder, False, verdict, backlog=without(w.backlog, mine), sock=unpublished)
             yield "close", PROGRESS, closed
         elif state == "H":
             yield "unlock", PROGRESS, to("G", None, False, verdict)
-        elif state == "G" and not leased:
+        elif state == "G" and leased:  # deposed, or forced: the clients shall find the next daemon
+            yield "drop", CHOICE, to("G", None, False, verdict, leases=without(w.leases, mine))
+        elif state == "G":
             yield "ghost-exit", PROGRESS, to("Z", None, False, verdict)
         elif state == "Y":
             gone = {"backlog": without(w.backlog, mine), "leases": without(w.leases, mine)}
@@ -167,7 +186,7 @@ class Model:
             yield "dead", PROGRESS, to("Z", None, False, verdict, **gone, sock=unpublished)
         elif state == "Z" and verdict and ("W", j) not in w.clients:
             yield "reap", PROGRESS, to(*FREE)
-        if self.faults and state in "EOLSXYVHG":  # SIGKILL; the kernel may drop LIFE or the listener first
+        if self.faults and state in "EOLCSXYVHG":  # SIGKILL; the kernel may drop LIFE or the listener first
             yield "KILL-daemon", FAULT, to("K", None, listening, verdict)
             if listening:
                 yield "KILL-daemon", FAULT, to("K", folder, False, verdict, backlog=without(w.backlog, mine), sock=unpublished)
@@ -184,7 +203,7 @@ def violation(name: str, w: World) -> str | None:
         return "S3: a voluntary exit while a lease exists"
     if any(c[0] == "B" for c in w.clients):
         return "S4: told it is up, found nothing"
-    if w.start is not None and w.clients[w.start][0] not in "TW":
+    if w.start is not None and w.clients[w.start][0] not in "TJMW":
         return "S5: START is held by nobody"
     return None
 

@@ -57,6 +57,13 @@ def test_ps_says_everything_worth_knowing(cli: Cli, daemon: FakeDaemon) -> None:
         assert text in out
 
 
+def test_ps_says_when_an_engine_shows_no_sign_of_life(cli: Cli, daemon: FakeDaemon) -> None:
+    daemon.answers["status"] = daemon.status(stalled_seconds=42.0)
+    assert "ready, silent for 42 s" in cli("ps").out
+    daemon.answers["status"] = daemon.status(stalled_seconds=3.0)
+    assert "silent" not in cli("ps").out
+
+
 def test_who(cli: Cli, daemon: FakeDaemon) -> None:
     [_, row] = cli("who").out.splitlines()
     assert row.split() == "4300 2 min smollm2-135m python train.py?[31m".split()

@@ -11,7 +11,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from llm_daemon import errors
 from llm_daemon.core import events as ev
 from llm_daemon.core.events import Command
-from llm_daemon.core.instance import ABANDON_AFTER, State
+from llm_daemon.core.instance import ABANDON_AFTER, ACCIDENTS, State
 from llm_daemon.core.leases import Leases
 from llm_daemon.core.machine import Machine
 from llm_daemon.spec import Artifact, Spec, Wish
@@ -149,6 +149,27 @@ def test_a_failed_start_tells_everybody_and_holds_requests_off_but_not_clients()
     assert m.instances["i1"].retry_at == 4  # 1, 2, 4 ... seconds
 
 
+def test_an_engine_that_falls_with_each_first_request_is_held_off_until_one_is_served() -> None:
+    m = machine()
+    running(m)
+    for accident in range(ACCIDENTS):
+        ticket = f"t{accident}"
+        m.handle(ev.Arrived(ticket, spec()), 1)
+        m.handle(ev.Down("i1", DIED), 2)
+        m.handle(ev.Ended(ticket), 2)
+        assert m.handle(ev.Arrived("next", spec()), 2) == [ev.Start("i1", spec())]
+        m.handle(ev.Ended("next"), 2)
+        m.handle(ev.Up("i1", 1), 3)
+    m.handle(ev.Down("i1", DIED), 4)
+    (refused,) = m.handle(ev.Arrived("t", spec()), 4)
+    assert isinstance(refused, ev.Refuse)
+    assert (refused.error["code"], refused.error["status"], refused.error["data"]["retry_after"]) == ("engine_died", 503, 4)
+    assert m.handle(ev.Arrived("t", spec()), 8) == [ev.Start("i1", spec())]
+    m.handle(ev.Up("i1", 1), 9)
+    m.handle(ev.Ended("t", served=True), 10)
+    assert m.instances["i1"].failures == 0
+
+
 def test_a_crash_restarts_for_those_who_wait_and_leaves_running_tickets_to_the_relay() -> None:
     m = machine()
     running(m, slots=1)
@@ -252,13 +273,15 @@ class Storm(RuleBasedStateMachine):
                     assert self.processes[instance] == "ready"
                 case ev.TellError(lease, request, _):
                     self.waiting.remove((lease, request))
+                case ev.TellProgress(lease, request, _):
+                    assert (lease, request) in self.waiting
                 case ev.Exit():
                     assert not self.leases, "S3: a voluntary exit while a lease exists"
                     assert not self.processes
                     assert not self.open
                     self.exited = True
 
-    @rule(step=st.floats(0, 4))
+    @rule(step=st.one_of(st.floats(0, 4), st.just(40_000.0)))  # the last as after a night asleep
     def time_passes(self, step: float) -> None:
         self.now += step
         if self.m.wake_at is not None and self.m.wake_at <= self.now:
@@ -267,6 +290,10 @@ class Storm(RuleBasedStateMachine):
     @rule()
     def tick_out_of_turn(self) -> None:
         self.send(ev.Tick())
+
+    @rule()
+    def retire(self) -> None:
+        self.send(ev.Retire())
 
     @rule()
     def join(self) -> None:
@@ -283,12 +310,17 @@ class Storm(RuleBasedStateMachine):
         self.send(ev.Left(lease))
 
     @precondition(lambda self: self.leases)
-    @rule(data=st.data(), name=st.sampled_from("mn"), context=st.sampled_from([None, 100, 9000]))
-    def want(self, data: st.DataObject, name: str, context: int | None) -> None:
+    @rule(
+        data=st.data(),
+        name=st.sampled_from("mn"),
+        context=st.sampled_from([None, 100, 9000]),
+        keep_alive=st.sampled_from([None, 0.0, 6.0]),
+    )
+    def want(self, data: st.DataObject, name: str, context: int | None, keep_alive: float | None) -> None:
         self.count += 1
         lease = data.draw(st.sampled_from(sorted(self.leases)))
         self.waiting.add((lease, self.count))
-        self.send(ev.Want(lease, self.count, spec(name, context=context)))
+        self.send(ev.Want(lease, self.count, spec(name, context=context), keep_alive))
 
     @rule(name=st.sampled_from("mn"))
     def arrive(self, name: str) -> None:
@@ -314,6 +346,11 @@ class Storm(RuleBasedStateMachine):
         else:
             del self.processes[instance]
             self.send(ev.Down(instance, None if state == "stopping" else DIED))
+
+    @precondition(lambda self: self.processes)
+    @rule(data=st.data())
+    def progress(self, data: st.DataObject) -> None:
+        self.send(ev.Progressed(data.draw(st.sampled_from(sorted(self.processes))), {}))
 
     @precondition(lambda self: self.processes)
     @rule(data=st.data(), force=st.booleans())
@@ -347,6 +384,28 @@ class Storm(RuleBasedStateMachine):
     def something_is_always_due_when_unused(self) -> None:
         if not self.leases and not self.open and not any(s == "stopping" or s == "starting" for s in self.processes.values()):
             assert self.m.wake_at is not None, "L3: unused, and nothing would ever end it"
+
+    def teardown(self) -> None:
+        """L3: when everybody has gone and engines end as they are told to, time alone brings the exit."""
+        for ticket in list(self.open):
+            if self.open.pop(ticket, None):
+                self.send(ev.Ended(ticket))
+        for lease in list(self.leases):
+            self.leases.remove(lease)
+            self.waiting = {w for w in self.waiting if w[0] != lease}
+            self.send(ev.Left(lease))
+        self.exited = False
+        self.send(ev.ExitVetoed())
+        for _ in range(10):
+            for instance in [i for i, state in self.processes.items() if state == "stopping"]:
+                del self.processes[instance]
+                self.send(ev.Down(instance))
+            if self.exited:
+                return
+            assert self.m.wake_at is not None, "L3: unused, and nothing would ever end it"
+            self.now = max(self.now, self.m.wake_at)
+            self.send(ev.Tick())
+        raise AssertionError("L3: unused, and it stays")
 
 
 Storm.TestCase.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)

@@ -13,6 +13,8 @@ from typing import Any
 
 import pytest
 
+from llm_daemon.daemon.sweep import sweep
+from llm_daemon.testing.census import boxes
 from llm_daemon.testing.conformance import stand_in
 from llm_daemon.testing.plugin import survivors
 
@@ -69,17 +71,22 @@ def test_daemon_killed_while_loading(fake_model: FakeModel, tmp_path: Path, gene
 
 
 def test_daemon_killed_at_random_moments_of_a_start(fake_model: FakeModel, tmp_path: Path, generation: str) -> None:
+    """Of the engine, and of its box after the next daemon's sweep: it is made before the keeper that removes it."""
     model = fake_model(grandchild=True, ignore_sigterm=True)
     rng = random.Random(7)
     started = 0
     for trial in range(20):
-        with daemon(model, tmp_path / str(trial), generation) as process:
+        runtime = tmp_path / str(trial)
+        with daemon(model, runtime / f"g-{generation}", generation) as process:
             assert process.stdout.readline() == "starting\n"
             # The moment is the subject here: from before the keeper's exec until after the engine is ready, about 100 ms.
             select.select([], [], [], rng.uniform(0, 0.1))
             kill(process)
             started += "started" in process.stdout.read()
             assert not survivors(generation, within=1.0)
+        sweep(runtime, own="another")
+        assert not boxes({generation})
+        assert not (runtime / f"g-{generation}").exists()
     assert 0 < started < 20  # otherwise the moments missed the subject
 
 

@@ -16,8 +16,9 @@ from typing import Any
 import pytest
 import uvloop
 
+from llm_daemon.core import silence
 from llm_daemon.daemon.logs import RotatingLog
-from llm_daemon.daemon.probe import wait_ready
+from llm_daemon.daemon.probe import Pulse, wait_ready
 from llm_daemon.daemon.process import EngineProcess, scrubbed_env
 from llm_daemon.engines.base import Grant, Location, Plan
 from llm_daemon.errors import EngineError, EngineTimeout, UsageError
@@ -145,6 +146,20 @@ def test_no_progress_is_an_end(run: Runner, engine: Start, scenario: dict[str, A
             assert process.exit is None  # stopping it is the caller's
 
     run(main())
+
+
+def test_computing_for_ever_is_an_end_too(engine: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(silence, "MUTE", 3)
+
+    async def main() -> None:
+        async with engine(stall=0.6, never_ready=True, load_burns_cpu=True, silent=True) as (process, plan):
+            pulse = Pulse(process, plan.stall)
+            with pytest.raises(EngineTimeout):
+                await wait_ready(process, plan, ADAPTER, pulse=pulse)
+            assert pulse.silence.mute >= 1.8
+            assert process.exit is None
+
+    asyncio.run(main())
 
 
 @pytest.mark.parametrize("sign_of_life", [{"load_noise_ms": 50}, {"load_burns_cpu": True, "silent": True}])

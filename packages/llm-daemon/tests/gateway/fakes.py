@@ -84,7 +84,7 @@ class FakeDesk:
         self.open_tickets.remove(ticket)
         self.log.add("cancel", ticket)
 
-    def ended(self, ticket: str) -> None:
+    def ended(self, ticket: str, served: bool = False) -> None:
         assert ticket in self.open_tickets, f"{ticket} ended twice"
         self.open_tickets.remove(ticket)
         self.log.add("ended", ticket)

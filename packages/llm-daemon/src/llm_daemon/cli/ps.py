@@ -11,6 +11,7 @@ from . import link
 from .words import as_json, clean, count, duration, json_option, size, subcommand, table
 
 NOBODY = "no daemon is running"
+STILL = 5.0  # seconds without a sign of life that are worth a word
 
 
 @subcommand(
@@ -65,6 +66,8 @@ def _row(i: dict[str, Any]) -> tuple[object, ...]:
         total = progress.get("total")
         percent = f" {100 * progress['done'] // total} %" if total else ""
         doing += f" ({progress.get('phase', '')}{percent})"
+    if (still := i.get("stalled_seconds") or 0.0) >= STILL:
+        doing += f", silent for {duration(still)}"
     busy = f"{i['running']}/{i['slots']}" + (f" +{i['waiting']} waiting" if i["waiting"] else "")
     used = "-" if i["state"] != "ready" else "now" if i["idle"] is None or i["running"] else f"{duration(i['idle'])} ago"
     closes = f"in {duration(i['closes_in'])}" if i["closes_in"] is not None else "-"

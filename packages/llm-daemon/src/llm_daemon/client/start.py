@@ -13,9 +13,12 @@ import errno
 import os
 import sys
 import time
+from _thread import RLock
 
 from .. import errors
 from ..core import control
+from ..core.rendezvous import CONNECT, TAKE_START, Attempt
+from ..faults import fp
 from ..paths import runtime_dir
 
 TYPE_CHECKING = False  # the typing module costs more than everything here
@@ -25,10 +28,7 @@ if TYPE_CHECKING:
 DEADLINE = 20.0  # seconds for the whole of `ensure`
 CONNECT_WAIT = 2.0
 ANSWER_WAIT = 3.0
-START_PATIENCE = 5.0  # seconds a busy START is respected: its holder may be stopped
 VERDICT_WAIT = 15.0
-FAILURES = 3  # starts that may fail in one call
-SPAWNS = 10  # starts in one call, failed or not: one that says READY and dies at once must not be started for ever
 
 _DOWN = (errno.ENOENT, errno.ECONNREFUSED, errno.ECONNRESET, errno.EPIPE, errno.ENOTSOCK)
 # What of the client's environment the daemon may see; engines see less still.
@@ -40,6 +40,13 @@ _ENV_NAMES = frozenset(
 _ENV_PREFIXES = ("LLM_DAEMON_", "LC_", "PIP_", "UV_", "HF_", "CUDA_", "HIP_", "ROCR_", "NVIDIA_", "GGML_")
 
 
+# Held while something is imported for the first time.  A fork waits for it: in a child that was forked in the middle of an
+# import by another thread, that import would wait for ever.
+_importing = RLock()
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(before=_importing.acquire, after_in_parent=_importing.release, after_in_child=_importing.release)
+
+
 class Down(Exception):
     """Nobody serves here, as far as we can see."""
 
@@ -48,12 +55,13 @@ class Connection:
     """A greeted control connection: the socket, the daemon's WELCOME, and messages already read behind it."""
 
     def __init__(
-        self, sock: socket.socket, welcome: dict[str, Any], decoder: control.Decoder, early: list[dict[str, Any]]
+        self, sock: socket.socket, welcome: dict[str, Any], decoder: control.Decoder, early: list[dict[str, Any]], peer: int
     ) -> None:
         self.sock = sock
         self.welcome = welcome
         self.decoder = decoder
         self.early = early
+        self.peer = peer  # pid, 0 if unknown: for messages and SIGCONT
 
 
 def ensure(
@@ -67,42 +75,106 @@ def ensure(
     does not answer, RemoteProtocolError if it is of another age.  Blocks for `deadline` seconds at most; may be called
     from any thread.
     """
-    attempt = _Attempt(hello, then, time.monotonic() + deadline)
-    while True:
-        try:
-            return attempt.connect()
-        except Down:
-            if not start:
-                return None
-        except errors.Unavailable:
-            attempt.pause(0.02)
-            continue
-        if connection := attempt.start():
-            return connection
+    attempt = Attempt(time.monotonic() + deadline)
+    door = _Door(hello, then, attempt.deadline, start)
+    step, lock = CONNECT, None
+    try:
+        while True:
+            if step is CONNECT:
+                try:
+                    return door.connect()
+                except Down:
+                    if not start:
+                        return None
+                    step = attempt.down()
+                except errors.Unavailable as e:
+                    if e.code == "no_resources":
+                        raise
+                    step = attempt.busy(e)
+            elif step is TAKE_START:
+                step, lock = _take_start(door.dir, attempt)
+            else:
+                step = attempt.verdict(*spawn(attempt.deadline))
+            if lock is not None and not attempt.holds_start:
+                _let_go(lock)
+                lock = None
+            if attempt.pause:
+                _pause(attempt)
+    except OSError as e:
+        if isinstance(e, errors.LlmDaemonError):
+            raise
+        if e.errno in (errno.EMFILE, errno.ENFILE, errno.ENOMEM):
+            raise errors.Unavailable(
+                f"cannot reach the daemon: {e.strerror}", code="no_resources",
+                hint="close something, or raise the limit: ulimit -n" if e.errno != errno.ENOMEM else "",
+            ) from None  # fmt: skip
+        raise errors.UsageError(
+            f"cannot reach the daemon in {door.dir}: {e.strerror or e}", hint="`llm-daemon doctor` looks for the cause"
+        ) from None
+    finally:
+        if lock is not None:
+            _let_go(lock)
 
 
-class _Attempt:
-    """State of one `ensure` call."""
+_starts: set[int] = set()  # START, where we hold it
 
-    def __init__(self, hello: dict[str, object] | None, then: bytes, deadline: float) -> None:
+
+def _let_go(lock: int) -> None:
+    _starts.discard(lock)
+    os.close(lock)
+
+
+def in_child() -> None:
+    """After os.fork in the child: its copy of START would keep the lock when we are done.  Close, never unlock."""
+    while _starts:
+        os.close(_starts.pop())
+
+
+def _pause(attempt: Attempt) -> None:
+    """A jittered moment, so that those who wait for one thing do not come together."""
+    now = time.monotonic()
+    attempt.check(now)
+    chance = int.from_bytes(os.urandom(1), "big") / 255
+    time.sleep(min(attempt.deadline - now, attempt.pause * (0.25 + 0.75 * chance)))
+    attempt.pause = 0.0
+
+
+def _take_start(folder: str, attempt: Attempt) -> tuple[str, int | None]:
+    """The next step, and the lock's fd if it is ours."""
+    with _importing:
+        import fcntl
+
+    try:
+        os.makedirs(folder, 0o700, exist_ok=True)
+        if os.stat(folder).st_mode & 0o077:
+            return attempt.start_taken(), None  # perhaps not ours at all: the candidate looks before anything is put there
+    except OSError:
+        return attempt.start_taken(), None
+    try:
+        fd = os.open(os.path.join(folder, "start"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+    except FileNotFoundError:
+        return attempt.start_gone(), None
+    except OSError:
+        return attempt.start_taken(), None
+    _starts.add(fd)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fp("start_got")
+    except OSError:
+        _let_go(fd)
+        return attempt.start_busy(time.monotonic()), None
+    return attempt.start_taken(), fd
+
+
+class _Door:
+    """One try after the other to be let in."""
+
+    def __init__(self, hello: dict[str, object] | None, then: bytes, deadline: float, start: bool) -> None:
         self.dir = runtime_dir()
+        self.deadline, self.start = deadline, start
         self.greeting = control.encode({"op": "HELLO", "proto": control.PROTO, **(hello or {})}) + then
-        self.deadline = deadline
-        self.failures = 0
-        self.spawns = 0
-        self.start_busy_since: float | None = None
         self.continued = False  # SIGCONT is sent once
-        self.unresponsive: errors.DaemonUnresponsive | None = None
         self.peer = 0
-
-    def pause(self, seconds: float) -> None:
-        """Waits a jittered moment; raises at the deadline."""
-        now = time.monotonic()
-        if now >= self.deadline:
-            raise self.unresponsive or errors.DaemonUnresponsive(
-                "the daemon could not be reached in time", hint="`llm-daemon doctor` looks for the cause"
-            )
-        time.sleep(min(self.deadline - now, seconds * (0.25 + 0.75 * int.from_bytes(os.urandom(1), "big") / 255)))
 
     def connect(self) -> Connection:
         """Step A: one connection, one HELLO, one answer."""
@@ -110,7 +182,7 @@ class _Attempt:
         try:
             self._connect_socket(s)
             self._check_peer(s)
-            s.settimeout(ANSWER_WAIT)
+            s.settimeout(self._left(ANSWER_WAIT))
             s.sendall(self.greeting)
             decoder = control.Decoder(control.ANSWER_LIMIT)
             messages: list[dict[str, Any]] = []
@@ -128,18 +200,22 @@ class _Attempt:
                 raise errors.DaemonUnresponsive("the daemon accepts no connection") from None
             if e.errno in _DOWN:
                 raise Down from None
-            raise errors.UsageError(
-                f"cannot reach the daemon in {self.dir}: {e.strerror}", hint="`llm-daemon doctor` looks for the cause"
-            ) from None
+            raise
         except BaseException:
             s.close()
             raise
 
+    def _left(self, most: float) -> float:
+        """Seconds, `most` or until the deadline; never nothing, which would mean for ever."""
+        return max(0.001, min(most, self.deadline - time.monotonic()))
+
     def _connect_socket(self, s: socket.socket) -> None:
         # A blocking connect with SO_SNDTIMEO: a non-blocking one reports a full backlog as "connected" (cpython#117208).
-        import struct
+        with _importing:
+            import struct
 
-        s.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("@ll", int(CONNECT_WAIT), 0))
+        wait = self._left(CONNECT_WAIT)
+        s.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("@ll", int(wait), int(wait % 1 * 1e6)))
         path = os.path.join(self.dir, "sock")
         if len(os.fsencode(path)) < 104 or sys.platform != "linux":
             s.connect(path)
@@ -167,105 +243,33 @@ class _Attempt:
         op = first["op"]
         if op == "WELCOME":
             s.settimeout(None)
-            return Connection(s, first, decoder, early)
+            return Connection(s, first, decoder, early, self.peer)
         if op in ("GOING", "RETIRING"):
             raise errors.Unavailable("the daemon is leaving")
         if op == "OLD":
             theirs = first.get("proto")
+            if isinstance(theirs, int) and theirs < control.PROTO and not self.start:  # who only looks changes nothing
+                raise errors.RemoteProtocolError(
+                    f"the running daemon ({first.get('version')}, protocol {theirs}) is older than this client ({control.PROTO})",
+                    hint="the next use of a model from here replaces it",
+                )
             if isinstance(theirs, int) and theirs < control.PROTO:
                 s.sendall(control.encode({"op": "RETIRE"}))  # only the newer side may ask: no ping-pong
                 raise errors.Unavailable("an older daemon was asked to retire")
             raise errors.RemoteProtocolError(
                 f"the running daemon ({first.get('version')}, protocol {theirs}) is newer than this client ({control.PROTO})",
-                hint="upgrade llm-daemon in this environment, or stop the daemon: llm-daemon stop",
+                hint="upgrade llm-daemon in this environment, or try again when the newer daemon's clients are gone",
             )
+        if op == "ERROR":
+            raise errors.from_wire(first.get("error") or {})
         raise errors.RemoteProtocolError(f"the daemon answered {op!r} to HELLO")
 
     def _no_answer(self, s: socket.socket) -> NoReturn:
         """Connected, no answer: busy or stopped.  Never a reason to start another one."""
-        state = ""
-        if self.peer:
-            try:
-                with open(f"/proc/{self.peer}/stat") as f:
-                    state = f.read().rpartition(")")[2].split()[0]
-            except OSError:
-                pass
-        if state == "T" and not self.continued:
-            self.continued = True
-            _wake(self.peer)
         s.close()
-        self.unresponsive = errors.DaemonUnresponsive(
-            f"the daemon (pid {self.peer or 'unknown'}{', stopped' if state == 'T' else ''}) does not answer",
-            hint=f"end it with: kill -9 {self.peer}" if self.peer else "", pid=self.peer, state=state,
-        )  # fmt: skip
-        raise self.unresponsive
-
-    def start(self) -> Connection | None:
-        """Step B: take START, look again, spawn.  A connection if somebody was quicker, else None: back to step A."""
-        lock = self._take_start()
-        if lock is False:
-            self.pause(0.05)
-            return None
-        try:
-            try:
-                return self.connect()
-            except Down:
-                self._spawn()
-            except errors.Unavailable:
-                pass
-            return None
-        finally:
-            if lock is not None:  # an fd (False was handled above)
-                os.close(lock)
-
-    def _take_start(self) -> int | bool | None:
-        """The lock's fd; False if it is busy; None if it was busy for so long that we go on without."""
-        import fcntl
-
-        try:
-            os.makedirs(self.dir, 0o700, exist_ok=True)
-            if os.stat(self.dir).st_mode & 0o077:
-                return None  # perhaps not ours at all: the candidate looks closer before anything is put there
-        except OSError:
-            return None  # the candidate says better what is wrong with the folder
-        try:
-            fd = os.open(os.path.join(self.dir, "start"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
-        except FileNotFoundError:
-            return False  # deleted between two steps
-        except OSError:
-            return None  # the candidate says better what is wrong with the folder
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            os.close(fd)
-            now = time.monotonic()
-            if self.start_busy_since is None:
-                self.start_busy_since = now
-            return None if now - self.start_busy_since > START_PATIENCE else False
-        return fd
-
-    def _spawn(self) -> None:
-        verdict = spawn(self.deadline)
-        self.spawns += 1
-        if verdict in ("READY", "ALREADY") and self.spawns < SPAWNS:
-            if self.spawns > 2:
-                self.pause(0.05 * self.spawns)
-            return
-        self.failures += 1
-        if verdict.startswith("ERR "):
-            import json
-
-            try:
-                error = errors.from_wire(json.loads(verdict[4:]))
-            except ValueError:
-                error = errors.Bug(f"the daemon reported: {verdict[4:500]}", code="daemon_start", hint="please report this")
-            if isinstance(error, errors.UsageError) or error.code == "port_taken" or self.failures >= FAILURES:
-                raise error
-        elif self.failures >= FAILURES or self.spawns >= SPAWNS:
-            raise errors.Bug(
-                f"the daemon failed to start {self.spawns} times (last report: {verdict})", code="daemon_start",
-                hint="`llm-daemon logs --daemon` shows its last words; please report this",
-            )  # fmt: skip
+        error = unresponsive(self.peer, wake_it=not self.continued)
+        self.continued = self.continued or error.data["state"] == "T"
+        raise error
 
 
 def python() -> str:
@@ -281,10 +285,23 @@ def python() -> str:
     return sys.executable
 
 
-def _wake(pid: int) -> None:
-    """SIGCONT for a stopped process of ours, by pidfd so that no other process can be meant."""
+def unresponsive(pid: int, wake_it: bool) -> errors.DaemonUnresponsive:
+    """The error for a daemon that does not answer (pid 0 is unknown).  `wake_it`: SIGCONT if it was stopped."""
+    state = _state(pid)
+    if wake_it:
+        wake(pid)
+    return errors.DaemonUnresponsive(
+        f"the daemon (pid {pid or 'unknown'}{', stopped' if state == 'T' else ''}) does not answer",
+        hint=f"end it with: kill -9 {pid}" if pid else "", pid=pid, state=state,
+    )  # fmt: skip
+
+
+def wake(pid: int) -> None:
+    """SIGCONT for a process of ours, if it is stopped; by pidfd, so that no other process can be meant."""
     import signal
 
+    if _state(pid) != "T":
+        return
     try:
         fd = os.pidfd_open(pid)
         try:
@@ -296,13 +313,23 @@ def _wake(pid: int) -> None:
         pass  # it is gone, or this system has no pidfds; the error will say what was seen
 
 
-def spawn(until: float) -> str:
-    """Starts the launcher and waits for the verdict: `READY`, `ALREADY`, `ERR {...}`, or why there is none.
+def _state(pid: int) -> str:
+    """The letter of proc_pid_stat(5), `T` for stopped; empty if it is not known."""
+    try:
+        with open(f"/proc/{pid}/stat") as f:
+            return f.read().rpartition(")")[2].split()[0]
+    except (OSError, IndexError):
+        return ""
+
+
+def spawn(until: float) -> tuple[errors.LlmDaemonError | None, str]:
+    """Starts the launcher and waits for its verdict: the words, and the error in them; None for READY and ALREADY.
 
     Waits until the monotonic time `until` at most; a launcher that hangs is ended.
     """
-    import select
-    import subprocess
+    with _importing:
+        import select
+        import subprocess
 
     boot = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "daemon", "boot.py")
     env = {k: v for k, v in os.environ.items() if k in _ENV_NAMES or k.startswith(_ENV_PREFIXES)}
@@ -316,25 +343,61 @@ def spawn(until: float) -> str:
                 stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
             )  # fmt: skip
         except OSError as e:
+            if e.errno in (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EAGAIN):
+                raise
             raise errors.UsageError(
                 f"cannot run {python()}: {e.strerror}", code="no_python", hint="check LLM_DAEMON_PYTHON"
             ) from None
         finally:
             os.close(w)
         deadline = min(time.monotonic() + VERDICT_WAIT, until)
+
+        def reap() -> None:  # it has nothing left to do but end; somebody may have stopped it
+            try:
+                launcher.wait(max(0.1, deadline - time.monotonic()))
+            except subprocess.TimeoutExpired:
+                launcher.kill()
+                launcher.wait()
+
         said = b""
         # Never wait for EOF alone: a fork of the host may hold a copy of the pipe's other end.
         while b"\n" not in said:
             if not select.select([r], [], [], max(0.0, deadline - time.monotonic()))[0]:
                 launcher.kill()
                 launcher.wait()
-                return "no report in time"
+                return errors.Unavailable(
+                    "the daemon that was started did not report in time", code="daemon_start",
+                    hint="is the machine very busy? `llm-daemon logs --daemon` shows what it says",
+                ), "no report in time"  # fmt: skip
             data = os.read(r, 65536)
             if not data:
-                launcher.wait()
-                return f"it ended with status {launcher.returncode}" if launcher.returncode else "it ended without a report"
+                reap()
+                return _failed(
+                    f"it ended with status {launcher.returncode}" if launcher.returncode else "it ended without a report"
+                )
             said += data
-        launcher.wait()
-        return said.split(b"\n")[0].decode(errors="replace")
+        reap()
+        fp("verdict_read")
+        return _verdict(said.split(b"\n")[0].decode(errors="replace"))
     finally:
         os.close(r)
+
+
+def _verdict(words: str) -> tuple[errors.LlmDaemonError | None, str]:
+    if words in ("READY", "ALREADY"):
+        return None, words
+    if words.startswith("ERR "):
+        import json
+
+        try:
+            return errors.from_wire(json.loads(words[4:])), words[:500]
+        except ValueError:
+            pass
+    return _failed(words[:500])
+
+
+def _failed(words: str) -> tuple[errors.LlmDaemonError, str]:
+    return errors.Bug(
+        f"the daemon failed to start ({words})", code="daemon_start",
+        hint="`llm-daemon logs --daemon` shows its last words; please report this",
+    ), words  # fmt: skip

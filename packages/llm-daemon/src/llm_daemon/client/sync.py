@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     Report = Callable[["Progress"], object]
 
 _PEEK = socket.MSG_PEEK | socket.MSG_DONTWAIT
+QUIET, KNOCKS = 20.0, 5  # seconds of silence until we ask whether it is there, and how often in vain: its own watchdog is quicker
 DEATHS = 8  # of the daemon in one attach, before we say so: a storm of kills must not fail it, an endless one must
 
 
@@ -49,6 +50,7 @@ class Conversation:
     def __init__(self, connection: start.Connection, asked: int = 0) -> None:
         self.sock = connection.sock
         self.welcome = connection.welcome
+        self._peer = connection.peer
         self._decoder = connection.decoder
         self._messages = connection.early
         self._id = asked  # questions already sent, right behind HELLO
@@ -56,7 +58,8 @@ class Conversation:
     def ask(self, op: str, timeout: float | None = None, on_progress: Report | None = None, **fields: object) -> dict[str, Any]:
         """Sends `op` and waits for its answer (a dict), at most `timeout` seconds.
 
-        Raises what the daemon answered as an error, TimeoutError, or ConnectionError when the daemon is gone.
+        Raises what the daemon answered as an error, TimeoutError, ConnectionError when the daemon is gone, or
+        DaemonUnresponsive when it shows no sign of life for `QUIET * KNOCKS` seconds; one that was stopped is woken before.
         """
         self._id += 1
         self.sock.settimeout(timeout)
@@ -79,10 +82,21 @@ class Conversation:
                 return message
 
     def _next(self, deadline: float | None) -> dict[str, Any]:
+        knocks = 0
         while not self._messages:
-            if deadline is not None:
-                self.sock.settimeout(max(0.001, deadline - time.monotonic()))
-            data = self.sock.recv(65536)
+            left = QUIET if deadline is None else min(QUIET, max(0.001, deadline - time.monotonic()))
+            self.sock.settimeout(left)
+            try:
+                data = self.sock.recv(65536)
+            except TimeoutError:
+                if deadline is not None and time.monotonic() >= deadline:
+                    raise
+                knocks += 1
+                error = start.unresponsive(self._peer, wake_it=knocks == 1)
+                if knocks == KNOCKS:
+                    raise error from None
+                self.sock.sendall(control.encode({"op": "PING"}))  # its PONG is a message that answers nothing
+                continue
             if not data:
                 raise ConnectionResetError("the daemon closed the connection")
             self._messages = self._decoder.feed(data)
@@ -309,6 +323,7 @@ _leases: dict[int, ref[Lease]] = {}
 
 
 def _in_child() -> None:
+    start.in_child()
     for found in list(_leases.values()):
         if (lease := found()) is not None:
             lease._drop_in_child()

@@ -48,9 +48,10 @@ class Arrived(Fact, frozen=True):
 
 
 class Ended(Fact, frozen=True):
-    """A ticket is over: served, failed upstream, or its client is gone."""
+    """A ticket is over: served in full, failed upstream, or its client is gone."""
 
     ticket: str
+    served: bool = False
 
 
 class Progressed(Fact, frozen=True):

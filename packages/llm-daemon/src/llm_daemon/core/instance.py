@@ -10,6 +10,7 @@ from .events import Wire
 from .lanes import Lane
 
 BACKOFF_FIRST, BACKOFF_MOST = 1.0, 60.0  # seconds between starts of an engine that keeps failing
+ACCIDENTS = 2  # deaths in a row, with no request served between, that do not hold the next request off
 ABANDON_AFTER = 2.0  # seconds a start goes on when nobody waits for it any more: a client that retries finds it warm
 
 

@@ -12,7 +12,7 @@ from .. import errors
 from ..spec import Spec
 from . import events as ev
 from .events import Command, Event, Wire
-from .instance import ABANDON_AFTER, Instance, State
+from .instance import ABANDON_AFTER, ACCIDENTS, Instance, State
 from .lanes import Lane
 from .leases import VETO_PAUSE, Leases
 
@@ -46,8 +46,8 @@ class Machine:
                 self._want(event, now, out)
             case ev.Arrived(ticket, spec):
                 self._arrived(ticket, spec, now, out)
-            case ev.Ended(ticket):
-                self._ended(ticket, now, out)
+            case ev.Ended(ticket, served):
+                self._ended(ticket, served, now, out)
             case ev.Progressed(instance, info):
                 if it := self.instances.get(instance):
                     out += [ev.TellProgress(lease, request, info) for lease, request in it.waiters]
@@ -139,12 +139,14 @@ class Machine:
             )  # fmt: skip
             out.append(ev.Refuse(ticket, full.to_wire()))
 
-    def _ended(self, ticket: str, now: float, out: list[Command]) -> None:
+    def _ended(self, ticket: str, served: bool, now: float, out: list[Command]) -> None:
         it = self.instances.get(self.tickets.pop(ticket, ""))
         if it is None:  # a client's hang-up and an engine's end may both report the same ticket
             return
         it.lane.discard(ticket)
         it.last_use = now
+        if served:
+            it.failures = 0  # not when it came up: one that falls with each first request has a backoff too
         if it.state is State.READY:
             self._admit(it, out)
         elif it.state is State.DRAINING and not it.lane.running:
@@ -206,7 +208,6 @@ class Machine:
             return
         it.state = State.READY
         it.abandon_at = None  # loaded for nothing, but loaded: ttl decides now
-        it.failures = 0
         it.last_use = now
         it.lane.slots = slots
         out += [ev.TellReady(lease, request, it.id) for lease, request in it.waiters]
@@ -220,9 +221,9 @@ class Machine:
             self._turn_away(it, error, out)
         elif before in (State.READY, State.DRAINING) and error is not None:
             it.note_failure(error, now)
-            if it.failures == 1:
-                it.retry_at = now  # it did serve: the next request may try at once
-            if it.lane.waiting and it.failures == 1:
+            if it.failures <= ACCIDENTS:
+                it.retry_at = now  # it did come up: the next request may try at once
+            if it.lane.waiting and it.failures <= ACCIDENTS:
                 self._start(it, out)
             else:
                 self._turn_away(it, error, out)
@@ -257,5 +258,7 @@ class Machine:
 def _later(it: Instance, now: float) -> Wire:
     """The error of an instance that failed a moment ago, with the time to wait."""
     error = errors.from_wire(dict(it.error or {}))
-    error.data["retry_after"] = max(1, round(it.retry_at - now))
+    wait = error.data["retry_after"] = max(1, round(it.retry_at - now))
+    if error.status >= 500:  # worth another try; what was the caller's move stays so
+        error.status, error.hint = 503, f"a request starts it again in {wait} s at the earliest, `llm-daemon load` at once"
     return error.to_wire()

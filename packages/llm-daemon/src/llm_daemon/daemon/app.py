@@ -8,7 +8,6 @@ import fcntl
 import gc
 import logging
 import os
-import resource
 import select
 import sys
 import threading
@@ -24,10 +23,13 @@ from ..core.events import Command, Event
 from ..core.instance import State
 from ..core.leases import Leases
 from ..core.machine import Machine
+from ..faults import fp
 from ..models.fetch import fetch
 from ..spec import Spec, Wish
+from . import identity
 from .boot import Born
 from .control_server import ControlServer, Say
+from .loan import Lender
 from .logs import RotatingLog
 from .pump import Pump
 from .status import status
@@ -39,6 +41,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("llm_daemon")
 BEAT = 10.0  # seconds between two looks at ourselves: rare, because an idle daemon should sleep
+LOOK_OUT = 1.0  # seconds between two looks at the runtime folder while an engine starts
 WEDGED = 6  # beats of the watchdog without one of the loop
 ENGINE_FIRST = 0.15  # seconds the gateway waits for the first engine to be on its way
 UNSENT_WAIT = 2.0  # seconds that a client which does not read may delay our end
@@ -68,6 +71,9 @@ class Daemon:
         self.asking: dict[str, asyncio.Task[None]] = {}  # tickets and questions whose model is being looked up
         self.beats = 0
         self.is_ghost = False
+        self.is_looking_out = False
+        self.lender: Lender | None = None
+        self.returning: asyncio.Task[None] | None = None
         self.vetoed_since: float | None = None
         host, port = born.tcp.getsockname()[:2]
         self._base = f"http://{f'[{host}]' if ':' in host else host}:{port}"
@@ -91,8 +97,11 @@ class Daemon:
             log.warning("ended %d processes that a killed daemon left behind", swept)
         locating = asyncio.create_task(self.supervisor.ready())
         await self.control.serve(self.born.listener)
+        if self.born.loan is not None:
+            pid, _ = identity.peer(self.born.loan)
+            self.control.keep(self.born.loan.detach(), pid, "ghost")
         note = f" ({self.born.port_note})" if self.born.port_note else ""
-        log.info("serving at %s%s, pid %d", self._base, note, os.getpid())
+        log.info("serving at %s%s, pid %d, generation %s", self._base, note, os.getpid(), self.born.generation)
         self.pump.post(ev.Tick())
         self._beat()
         threading.Thread(target=watch, args=(self,), daemon=True, name="watchdog").start()
@@ -105,7 +114,8 @@ class Daemon:
         from .gateway import Gateway
 
         self.gateway = Gateway(self, token=self.token)
-        await self.gateway.serve(self.born.tcp, self.born.http)
+        lent = self.lender is not None and self.lender.is_lent
+        await self.gateway.serve(None if lent else self.born.tcp.dup(), self.born.http)
         gc.enable()
         gc.collect()
         gc.freeze()  # what is loaded now stays: later collections need not look at it
@@ -121,6 +131,8 @@ class Daemon:
                 for forgotten in set(self.supervisor.live) - set(self.machine.instances):
                     del self.supervisor.live[forgotten]
                 self.supervisor.start(instance, spec)
+                if not self.is_looking_out:
+                    self._look_out()
             case ev.Halt(instance, force):
                 if self.gateway and (live := self.supervisor.live.get(instance)) and live.process:
                     self.gateway.cut(live.process.socket)  # llama-server waits half a minute for open streams after SIGTERM
@@ -134,12 +146,17 @@ class Daemon:
                     self.post(ev.Ended(ticket))
                 else:
                     self.turns[ticket].run(Route(instance, process.socket))
+                    assert self.gateway is not None  # whose turn it is
+                    self.supervisor.watch(instance, self.gateway.pool)
             case ev.Refuse(ticket, error):
                 self.turns.pop(ticket).refuse(errors.from_wire(dict(error)))
             case ev.TellReady(lease, request, instance):
                 self._tell_ready(lease, request, instance)
             case ev.TellError(lease, request, error):
-                self.control.tell(lease, "ERROR", request, error=error)
+                if not self.is_ghost and self.is_deposed():
+                    self._deposed()  # no engine starts in a deleted folder: our successor serves this client
+                else:
+                    self.control.tell(lease, "ERROR", request, error=error)
             case ev.TellProgress(lease, request, info):
                 self.control.tell(lease, "PROGRESS", request, info=info)
             case ev.Exit():
@@ -152,8 +169,10 @@ class Daemon:
         self.control.tell(lease, "READY", request, model=model, instance=instance, pid=pid, engine=live.engine)
 
     def _leave(self) -> None:
-        """Leaves, if nobody stands at the door.  No await from the look at the door to the end (lifecycle.md, idle exit)."""
+        """Leaves, if nobody stands at the door.  No await from the look at the door to the end (docs/reference/lifecycle.md)."""
         doors = [s for s in (self.born.listener, self.born.tcp, self.born.http) if s.fileno() >= 0]
+        if self.lender is not None and self.lender.is_lent:
+            doors.remove(self.born.tcp)
         poll = select.poll()
         for door in doors:
             poll.register(door, select.POLLIN)
@@ -163,10 +182,15 @@ class Daemon:
         if (unsent and monotonic() < self.vetoed_since + UNSENT_WAIT) or poll.poll(0):
             self.post(ev.ExitVetoed())
             return
-        self.born.listener.close()
-        log.info("nobody needs us: leaving")
-        logging.shutdown()
-        os._exit(0)  # a voluntary exit looks like SIGKILL to everybody: no clean-up, no race
+        try:
+            fp("idle_decided")
+            self.control.close()  # uvloop keeps the listener open for its server, whoever else closes it
+            self.born.listener.close()
+            fp("listener_closed")
+            log.info("nobody needs us: leaving")
+            logging.shutdown()
+        finally:  # nothing may keep us now
+            os._exit(0)  # a voluntary exit looks like SIGKILL to everybody: no clean-up, no race
 
     # What the control server asks -----------------------------------------------------------------------------
     def welcome(self) -> dict[str, object]:
@@ -177,24 +201,44 @@ class Daemon:
         if self.is_ghost:
             return True
         try:
-            return not os.path.samestat(os.stat(self.born.runtime_dir, follow_symlinks=False), os.fstat(self.born.life_fd))
+            same = os.path.samestat(os.stat(self.born.runtime_dir, follow_symlinks=False), os.fstat(self.born.life_fd))
+            os.stat(f"g-{self.born.generation}")  # a cleaner may take what is in the folder and leave the folder
+            return not same or os.stat("sock").st_ino != self.born.sock_inode
         except OSError:
             return True
 
     def retire(self) -> None:
-        """A newer client wants a newer daemon: leave at once, or serve the last leases as a ghost (docs/adr/0002)."""
-        if self.machine.leases.holders and not self.is_ghost:
-            self._let_successor_in()
-            log.info("retired: serving the last %d leases", len(self.machine.leases.holders))
-        self.post(ev.Retire())
+        """A newer client wants a newer daemon: serve who is here as a ghost, and leave (docs/adr/0002)."""
+        log.info("retired: serving the last %d leases", len(self.machine.leases.holders))
+        try:
+            self._let_successor_in(lend=True)
+        finally:
+            self.post(ev.Retire())
 
-    def _let_successor_in(self) -> None:
+    def _let_successor_in(self, lend: bool = False) -> None:
         """Accepts no client any more and gives LIFE away: from here on we only serve those who are here."""
         if not self.is_ghost:
             self.is_ghost = True
             self.control.close()
             self.born.listener.close()
+            try:
+                fp("listener_closed")
+                if lend:
+                    self.lender = Lender(self.born.tcp, f"g-{self.born.generation}", self._port_lent, self._port_returned)
+            except OSError as e:
+                log.warning("our successor will have another port: %s", e)
             fcntl.flock(self.born.life_fd, fcntl.LOCK_UN)
+            fp("ghost_unlocked")
+
+    def _port_lent(self) -> None:
+        log.info("our successor serves the port")
+        if self.gateway is not None:
+            self.gateway.leave_port()
+
+    def _port_returned(self) -> None:
+        log.info("our successor is gone: serving the port again")
+        if self.gateway is not None:
+            self.returning = asyncio.create_task(self.gateway.serve(self.born.tcp.dup(), None))
 
     def ensure(self, lease: str, request: int, message: Mapping[str, Any]) -> None:
         """A client wants a model; it is answered by READY or ERROR."""
@@ -268,6 +312,7 @@ class Daemon:
                 self._let_successor_in()
                 if self.gateway is not None:
                     self.gateway.close()
+                self.born.tcp.close()
                 self._drop_everybody()
             self.post(ev.Retire())
         return {"stopped": stopped, "daemon": not model}
@@ -275,7 +320,7 @@ class Daemon:
     def _drop_everybody(self) -> None:
         """Ends every lease: to the clients it looks as if we had died, and their next use starts another daemon."""
         for lease, holder in list(self.control.holders.items()):
-            if holder.kind == "hold":
+            if holder.kind != "client":
                 del self.control.holders[lease]
                 self.post(ev.Left(lease))
         for connection in list(self.control.connections.values()):
@@ -320,9 +365,9 @@ class Daemon:
 
         async def later() -> None:
             dead = True
-            if process is not None:  # its end is noticed a moment after its sockets close
+            if live is not None and process is not None:  # its end is noticed a moment after its sockets close
                 with suppress(TimeoutError):
-                    async with asyncio.timeout(DEATH_NOTICE):
+                    async with asyncio.timeout(None if live.hung else DEATH_NOTICE):  # being killed: that is bounded itself
                         await process.wait()
                 dead = process.exit is not None
             if self.asking.pop(ask.ticket, None) is None:
@@ -336,9 +381,9 @@ class Daemon:
         self.asking[ask.ticket] = asyncio.create_task(later())
         return True
 
-    def ended(self, ticket: str) -> None:
+    def ended(self, ticket: str, served: bool = False) -> None:
         if self.turns.pop(ticket, None) is not None:
-            self.post(ev.Ended(ticket))
+            self.post(ev.Ended(ticket, served))
 
     def models(self) -> list[dict[str, object]]:
         """GET /v1/models: everything loaded, then everything in the catalog."""
@@ -355,16 +400,29 @@ class Daemon:
     # Watching ourselves ---------------------------------------------------------------------------------------
     def _beat(self) -> None:
         self.beats += 1
-        if not self.machine.leases.retiring and self.is_deposed():
-            log.warning("the runtime folder is gone: our clients attach to the next daemon")
-            self._let_successor_in()
-            self._drop_everybody()
-            self.post(ev.Retire())
+        self._look_at_folder()
         if self.beats % TOUCH_EVERY == 0 and not self.is_deposed():
             for name in (".", "sock", "start", "token", "http.sock"):
                 with suppress(OSError):
                     os.utime(name)
         asyncio.get_running_loop().call_later(BEAT, self._beat)
+
+    def _look_out(self) -> None:
+        """While an engine starts, more often than at each beat: in a deleted folder nobody would ever find it ready."""
+        self._look_at_folder()
+        self.is_looking_out = any(it.state is State.STARTING for it in self.machine.instances.values())
+        if self.is_looking_out:
+            asyncio.get_running_loop().call_later(LOOK_OUT, self._look_out)
+
+    def _look_at_folder(self) -> None:
+        if not self.machine.leases.retiring and self.is_deposed():
+            self._deposed()
+
+    def _deposed(self) -> None:
+        log.warning("the runtime folder is gone: our clients attach to the next daemon")
+        self._let_successor_in()
+        self._drop_everybody()
+        self.post(ev.Retire())
 
 
 def watch(daemon: Daemon) -> None:
@@ -421,9 +479,6 @@ def serve(born: Born) -> None:
     """The daemon's life after READY.  Never returns."""
     start_logging(born.log_dir)
     faulthandler.enable()
-    with suppress(ValueError, OSError):  # thousands of leases are as many open files
-        _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     try:
         if sys.platform == "win32":
             raise ImportError

@@ -18,6 +18,13 @@ import socket
 import sys
 import time
 
+if __name__ == "__main__":
+    # Last, not first: a backport in site-packages must not stand before the standard library.
+    sys.path.append(os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__)))))
+
+from llm_daemon.core.rendezvous import ALREADY, GIVE_UP, WAKE, WON, Election
+from llm_daemon.faults import fp
+
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -27,7 +34,6 @@ if TYPE_CHECKING:
     from llm_daemon.engines.registry import Registry
     from llm_daemon.models.catalog import Catalog
 
-ELECTION = 10.0  # seconds a candidate waits for a holder of LIFE that neither answers nor goes
 PING_WAIT = 1.0
 OURS = frozenset("start sock http.sock token token.new logs user_state_dir user_cache_dir user_config_dir".split())
 RETRIES = 5  # folder deleted under us while we begin
@@ -43,6 +49,7 @@ class Born:
     token: str | None
     tcp: socket.socket
     http: socket.socket
+    sock_inode: int  # of the published socket's file
 
     def __init__(self, runtime_dir: str, life_fd: int, generation: str, gen_fd: int, listener: socket.socket) -> None:
         self.runtime_dir = runtime_dir
@@ -51,6 +58,7 @@ class Born:
         self.gen_fd = gen_fd
         self.listener = listener
         self.port_note = ""
+        self.loan: socket.socket | None = None  # a ghost's, see loan.py
 
 
 class Refused(Exception):
@@ -123,34 +131,55 @@ def serving(timeout: float) -> bool:
         s.close()
 
 
+def holder(fd: int) -> int:
+    """Pid of whoever holds the lock on this folder, proc_locks(5), for messages and SIGCONT; 0 if the system does not tell."""
+    st = os.fstat(fd)
+    wanted = f"{os.major(st.st_dev):02x}:{os.minor(st.st_dev):02x}:{st.st_ino}"
+    try:
+        with open("/proc/locks") as f:
+            rows = [line.split() for line in f]
+    except OSError:
+        return 0
+    return next((int(row[4]) for row in rows if row[1] == "FLOCK" and row[5] == wanted), 0)
+
+
 def elect(path: str) -> int | None:
     """Takes LIFE: returns its fd, with the folder as working folder; None when another daemon serves."""
-    deadline = time.monotonic() + ELECTION
+    election = Election(time.monotonic())
     fd = open_runtime(path)
     os.fchdir(fd)
+    fp("dir_opened")
     while True:
+        fp("lock_tried")
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as e:
             if e.errno not in (errno.EAGAIN, errno.EACCES):
                 raise
-            if serving(PING_WAIT):
+            step = election.busy(serving(PING_WAIT), time.monotonic())
+            if step is ALREADY:
                 return None
-            # The holder is leaving, or stopped.  Never go away here: the client that sent us would find nobody.
-            if time.monotonic() > deadline:
-                raise refuse(
-                    "Unavailable", "life_held", "another daemon holds the runtime folder but does not answer",
-                    f"see what holds {path} (lsof, fuser), or wait and try again",
-                ) from None  # fmt: skip
+            if step in (WAKE, GIVE_UP):
+                from llm_daemon.client.start import wake
+
+                pid = holder(fd)
+                if step is GIVE_UP:
+                    raise refuse(
+                        "Unavailable", "life_held", f"another daemon (pid {pid or 'unknown'}) holds the runtime folder and does "
+                        "not answer", f"end it with: kill -9 {pid}" if pid else f"see what holds {path} (lsof, fuser)", pid=pid,
+                    ) from None  # fmt: skip
+                wake(pid)
             time.sleep(0.0005 + 0.002 * int.from_bytes(os.urandom(1)) / 255)
             continue
+        fp("lock_got")
         try:
-            here = os.stat(path, follow_symlinks=False)
-            if os.path.samestat(here, os.fstat(fd)):
-                return fd
+            same = os.path.samestat(os.stat(path, follow_symlinks=False), os.fstat(fd))
         except FileNotFoundError:
-            pass
-        os.close(fd)  # the folder was replaced: ours is a ghost's
+            same = False
+        fp("ino_checked")
+        if election.locked(same) is WON:
+            return fd
+        os.close(fd)
         fd = open_runtime(path)
         os.fchdir(fd)
 
@@ -163,16 +192,22 @@ def publish(life_fd: int, path: str) -> tuple[Born, str]:
     fcntl.flock(gen_fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
     listener = socket.socket(socket.AF_UNIX)
     listener.bind("s." + nonce)
+    fp("bound")
     listener.listen(1024)
+    fp("listening")
     return Born(path, life_fd, nonce, gen_fd, listener), "s." + nonce
 
 
 def bind_tcp(born: Born) -> None:
     """Binds the gateway's port: the asked one or an error, else 28282 or the next free one."""
     from llm_daemon.config import DEFAULT_PORT
+    from llm_daemon.daemon.loan import borrow
 
     settings = born.settings
     host = "127.0.0.1" if settings.host == "localhost" else settings.host
+    if (found := borrow(host, settings.port)) is not None:
+        born.tcp, born.loan = found
+        return
     ports = [settings.port] if settings.port else [*range(DEFAULT_PORT, DEFAULT_PORT + 100), 0]
     for port in ports:
         s = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
@@ -209,13 +244,16 @@ def candidate(path: str, verdict: Callable[[bytes], None]) -> Born | None:
         try:
             born, name = publish(life_fd, path)
             prepare(born)
+            born.sock_inode = os.stat(name).st_ino
             os.rename(name, "sock")
+            fp("renamed")
         except FileNotFoundError:
             os.close(life_fd)
             if attempt == RETRIES - 1:
                 raise
             continue
         verdict(b"READY")
+        fp("ready_sent")
         return born
     raise AssertionError
 
@@ -310,11 +348,10 @@ class Report:
 
 def begin(report: Report) -> Born | None:
     """`candidate`, with everything that can go wrong put into the report."""
-    # Last, not first: a backport in site-packages must not stand before the standard library.
-    sys.path.append(os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__)))))
     from llm_daemon.paths import runtime_dir
 
     try:
+        fp("launcher_forked")
         return candidate(runtime_dir(), report.verdict)
     except Refused as e:
         report.fail(e.args[0])
@@ -331,12 +368,43 @@ def begin(report: Report) -> Born | None:
         report.fail({"kind": "Bug", "code": "daemon_start", "message": "the daemon failed to start", "data": data})
 
 
+def settle_in() -> None:
+    """Leaves behind what was the first client's alone: priority, signals, limits.  Where the system does not let us, it stays."""
+    import _signal as signal  # type: ignore[import-not-found]  # the C half, as in keeper.py
+    import resource
+
+    signal.pthread_sigmask(signal.SIG_SETMASK, ())
+    for number in (signal.SIGHUP, signal.SIGINT, signal.SIGQUIT, signal.SIGTERM, signal.SIGCHLD, signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(number, signal.SIG_DFL)  # ignored signals stay so across exec; SIGCHLD ignored would lose our children
+    for name in ("CPU", "AS", "DATA", "FSIZE", "NOFILE", "NPROC", "MEMLOCK"):
+        if (limit := getattr(resource, "RLIMIT_" + name, None)) is not None:
+            _, hard = resource.getrlimit(limit)
+            _try(resource.setrlimit, limit, (hard, hard))
+    _try(os.setpriority, os.PRIO_PROCESS, 0, 0)
+    if sys.platform == "linux":
+        _try(os.sched_setscheduler, 0, os.SCHED_OTHER, os.sched_param(0))
+        _try(_write, "/proc/self/oom_score_adj", b"0")
+
+
+def _try(act: Callable[..., object], *args: object) -> None:
+    try:
+        act(*args)
+    except (OSError, ValueError):
+        pass
+
+
+def _write(path: str, data: bytes) -> None:
+    with open(path, "wb", 0) as f:
+        f.write(data)
+
+
 def main() -> None:
     gc.disable()  # everything made while starting stays; the daemon turns it on again
     os.umask(0o077)
     # Whoever started us reaps the launcher at once; the candidate belongs to init and to no terminal.
     if os.fork():
         os._exit(0)
+    settle_in()
     born = begin(Report(int(sys.argv[1])))
     if born is None:
         os._exit(0)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import resource
 import socket
 import sys
 from collections.abc import Awaitable, Callable
@@ -15,11 +16,13 @@ from typing import Any, Protocol, cast
 from .. import errors
 from ..core import control
 from ..core.events import Joined, Left, Wire
+from ..faults import fp
 from . import identity
 
 log = logging.getLogger("llm_daemon")
 HELLO_WAIT = 2.0  # seconds a connection may stay silent
 UNREAD = 64 * 2**20  # bytes a client may leave unread
+OWN_FILES = 40  # open files we keep for ourselves and an engine: who is here must not suffer from who comes
 Say = Callable[..., None]  # say(op, **fields): answers one question, any number of times
 
 
@@ -36,7 +39,10 @@ class Host(Protocol):
 
 @dataclass(slots=True)
 class Holder:
-    """One lease, for `ps` and `who`.  `kind`: `client` is a connection, `hold` a process watched for it."""
+    """One lease, for `ps` and `who`.
+
+    `kind`: `client` is a connection, `hold` a process watched for it, `ghost` a retired daemon whose port we serve.
+    """
 
     id: str
     pid: int
@@ -51,6 +57,7 @@ class ControlServer:
         self.host = host
         self.holders: dict[str, Holder] = {}
         self.connections: dict[str, Connection] = {}
+        self.room = max(4, resource.getrlimit(resource.RLIMIT_NOFILE)[0] - OWN_FILES)  # connections
         self._server: asyncio.AbstractServer | None = None
         self._born = 0
 
@@ -89,8 +96,12 @@ class ControlServer:
         if any(h.kind == "hold" and h.pid == pid for h in self.holders.values()):
             os.close(fd)  # once is enough: the shell may ask again and again
             return
+        self.keep(fd, pid, "hold")
+
+    def keep(self, fd: int, pid: int, kind: str) -> None:
+        """A lease until `fd`, which is ours from now on, becomes readable."""
         lease = self.name()
-        self.holders[lease] = Holder(lease, pid, "hold")
+        self.holders[lease] = Holder(lease, pid, kind)
         self.host.post(Joined(lease))
         loop = asyncio.get_running_loop()
 
@@ -111,11 +122,17 @@ class Connection(asyncio.Protocol):
         self.decoder = control.Decoder()
         self.lease: str | None = None  # name after HELLO
         self.holds = False
+        self.is_strange = False  # of another version's protocol
         self.tasks: set[asyncio.Task[None]] = set()
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self.transport = cast(asyncio.Transport, transport)
-        self.pid, uid = identity.peer(transport.get_extra_info("socket"))
+        try:
+            self.pid, uid = identity.peer(transport.get_extra_info("socket"))
+            fp("accepted")
+        except OSError:
+            self.transport.abort()
+            return
         if uid != os.geteuid() and uid != 0 and sys.platform == "linux":  # the folder is ours alone; this is the second lock
             self.transport.abort()
             return
@@ -152,6 +169,8 @@ class Connection(asyncio.Protocol):
             self.server.host.retire()
         elif op == "HELLO":
             self._hello(message)
+        elif self.is_strange:
+            pass  # what it wanted, said in the same breath as HELLO; RETIRE may follow
         elif self.lease is None or not isinstance(message.get("id"), int):
             self.transport.close()
         elif op == "ENSURE" and self.holds:
@@ -165,15 +184,25 @@ class Connection(asyncio.Protocol):
             self.say("ERROR", id=message["id"], error=error.to_wire())
 
     def _hello(self, message: dict[str, Any]) -> None:
+        fp("hello_read")
         host = self.server.host
         if self.lease is not None:
             self.transport.close()
             return
         if not control.accepts(message.get("proto")):
             self.say("OLD", proto=control.PROTO, version=host.welcome()["version"])
+            self.is_strange = True
             return  # the connection stays for a RETIRE; silence ends it
         if host.is_deposed():
             self.say("GOING")
+            self.transport.close()
+            return
+        if len(self.server.connections) >= self.server.room:
+            full = errors.Unavailable(
+                f"the daemon's open files are used up by {len(self.server.connections)} clients",
+                code="no_resources", hint="end some, or raise the limit (ulimit -n) and restart the daemon",
+            )  # fmt: skip
+            self.say("ERROR", error=full.to_wire())
             self.transport.close()
             return
         self.silent.cancel()
@@ -184,7 +213,9 @@ class Connection(asyncio.Protocol):
         if self.holds:
             self.server.holders[self.lease] = Holder(self.lease, self.pid, "client")
             host.post(Joined(self.lease))
+            fp("lease_added")
         self.say("WELCOME", proto=control.PROTO, **host.welcome())
+        fp("welcome_sent")
 
     async def _call(self, message: dict[str, Any]) -> None:
         request = message["id"]

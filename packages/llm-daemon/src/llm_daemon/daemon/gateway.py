@@ -74,8 +74,8 @@ class Desk(Protocol):
         """The client is gone, waiting or running.  The engine's connection is closed already."""
         ...
 
-    def ended(self, ticket: str) -> None:
-        """After `Turn.run`: the engine has answered in full, or is gone."""
+    def ended(self, ticket: str, served: bool = False) -> None:
+        """After `Turn.run`: the engine has answered in full (`served`), or is gone."""
         ...
 
     def lost(self, ask: Ask, turn: Turn, error: LlmDaemonError) -> bool:
@@ -117,7 +117,8 @@ class Gateway:
         self.closing = False
         self.busy = 0  # tickets that have no end yet
         self._guard = Guard(token, hosts)
-        self._servers: list[asyncio.Server] = []
+        self._tcp: asyncio.Server | None = None
+        self._unix: asyncio.Server | None = None
         # Tickets of two daemons in one log must differ.
         self._prefix, self._count = secrets.token_hex(3), 0
         self._empty = asyncio.Event()
@@ -131,16 +132,23 @@ class Gateway:
         if tcp is not None:
             tcp.setblocking(False)
             port = tcp.getsockname()[1]
-            self._servers.append(await loop.create_server(lambda: Connection(self, port), sock=tcp, backlog=_BACKLOG))
+            self._tcp = await loop.create_server(lambda: Connection(self, port), sock=tcp, backlog=_BACKLOG)
         if unix is not None:
             unix.setblocking(False)
-            self._servers.append(await loop.create_unix_server(lambda: Connection(self, None), sock=unix, backlog=_BACKLOG))
+            self._unix = await loop.create_unix_server(lambda: Connection(self, None), sock=unix, backlog=_BACKLOG)
+
+    def leave_port(self) -> None:
+        """Accepts nobody any more on TCP; open connections stay."""
+        if self._tcp is not None:
+            self._tcp.close()
+            self._tcp = None
 
     def close(self) -> None:
         """Stops listening, answers whoever still waits with 503, breaks off running answers and closes all connections."""
         self.closing = True
-        for server in self._servers:
-            server.close()
+        for server in (self._tcp, self._unix):
+            if server is not None:
+                server.close()
         for connection in list(self.connections):
             connection.shut(Unavailable("the daemon is going", code="draining", retry_after=1))
         self.pool.cut()
@@ -307,12 +315,12 @@ class Exchange:
             self._connection.write(b"".join(out))
         if last:
             self._end()
-            self._gateway.desk.ended(self.ask.ticket)
+            self._gateway.desk.ended(self.ask.ticket, served=True)
             self._connection.finished(self._request, keep=self._keep)
 
-    def lost(self, reason: str) -> None:
+    def lost(self, reason: str, error: LlmDaemonError | None = None) -> None:
         instance = self._route.instance if self._route else "?"
-        error = EngineError(
+        error = error or EngineError(
             f"the engine of {instance} did not answer in full: {reason}",
             code="engine_gone",
             hint="ask again; `llm-daemon logs` shows the engine's last words",

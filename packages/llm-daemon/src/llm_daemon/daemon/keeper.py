@@ -1,6 +1,6 @@
 """The process above each engine: whoever dies, daemon or engine, nothing of the engine stays behind.
 
-Run as `python -I -S keeper.py DAEMON_PID LIFELINE STATUS -- ENGINE ARGV...` in a session of its own, with the
+Run as `python -I -S keeper.py DAEMON_PID LIFELINE STATUS [BOX] -- ENGINE ARGV...` in a session of its own, with the
 engine's working folder and environment.  Standard library only and single-threaded, because PR_SET_PDEATHSIG
 follows the *thread* that forked, see prctl(2).  It waits for the first of
 
@@ -9,11 +9,12 @@ follows the *thread* that forked, see prctl(2).  It waits for the first of
 - the engine's own end;
 
 then kills every process left in its tree (as a subreaper it inherits double-forked and setsid'ed ones) and ends.
+BOX is a cgroup (cgroup.py): the engine is born there where the kernel allows it; what is in it is killed, too, and it is removed.
 STATUS receives JSON lines: `{"pid","start"}` after a successful exec, `{"error","errno"}` after a failed one, and
 `{"exit","signal"}`.  Signals go only to its own unreaped children, so never to a recycled pid.
 
 Without pidfd and prctl (macOS) the same loop runs on kqueue NOTE_EXIT; there, an engine outlives daemon and keeper
-killed together, until the next daemon's sweep.
+killed together.
 """
 
 from __future__ import annotations
@@ -24,8 +25,19 @@ import select
 import sys
 import time
 
+if "LLM_DAEMON_FAULTS" in os.environ:  # tests only
+    sys.path.append(__file__.rpartition(f"{os.sep}llm_daemon{os.sep}")[0])
+    from llm_daemon.faults import fp
+else:
+
+    def fp(point: str) -> None:
+        pass
+
+
 # <linux/prctl.h>
 PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36
+# <linux/sched.h>; the number of clone3 is one for all architectures but alpha
+CLONE_INTO_CGROUP, SYS_CLONE3 = 0x200000000, 435
 
 
 def prctl(option: int, value: int) -> None:
@@ -77,8 +89,8 @@ class Watch:
 
 
 class Keeper:
-    def __init__(self, daemon: int, lifeline: int, status: int, argv: list[str]) -> None:
-        self.daemon, self.lifeline, self.status, self.argv = daemon, lifeline, status, argv
+    def __init__(self, daemon: int, lifeline: int, status: int, box: str | None, argv: list[str]) -> None:
+        self.daemon, self.lifeline, self.status, self.box, self.argv = daemon, lifeline, status, box, argv
         self.engine = 0  # pid while it is unreaped
         self.code: int | None = None  # wait status
         self.ladder: list[tuple[float, int]] = []  # (monotonic time, signal) still to come
@@ -90,25 +102,36 @@ class Keeper:
         if sys.platform == "linux":
             prctl(PR_SET_PDEATHSIG, signal.SIGCONT)  # wakes us if we were stopped when the daemon died; else harmless
             prctl(PR_SET_CHILD_SUBREAPER, 1)
-        try:
-            self.watch.process(self.daemon, "daemon")
-        except ProcessLookupError:
+        if not self.watch_daemon():
+            if self.box:
+                unbox(self.box, 0.0)
             return
-        if os.getppid() != self.daemon:  # it died before we looked, and the pid we watch may be another's
-            return
+        fp("keeper_checked")
         self.watch.file(self.lifeline, "lifeline")
         if sys.platform == "linux":
             self.wake_on_child()
+        broken = True
         try:
             if self.start():
                 self.loop()
+            broken = False
         finally:  # also after SIGTERM to us, and after a bug of ours
             for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
                 signal.signal(number, signal.SIG_IGN)
             self.slay()
-            if self.code is not None:
+            if self.box:
+                unbox(self.box, 1.0)
+            if self.code is not None and not broken:  # else the fault is ours: told nothing, the daemon knows that
                 code = os.waitstatus_to_exitcode(self.code)
                 self.say(b'{"exit":%s,"signal":%s}' % ((b"%d" % code, b"null") if code >= 0 else (b"null", b"%d" % -code)))
+
+    def watch_daemon(self) -> bool:
+        """False if it died before we looked: the pid we watch may be another's."""
+        try:
+            self.watch.process(self.daemon, "daemon")
+        except ProcessLookupError:
+            return False
+        return os.getppid() == self.daemon
 
     def wake_on_child(self) -> None:
         """A file descriptor becomes readable when a child ends: strays that re-parented to us are reaped soon."""
@@ -123,7 +146,7 @@ class Keeper:
         """Forks and execs the engine; a failed exec comes back through a pipe that a successful one closes."""
         failed, tell = os.pipe()
         me = os.getpid()
-        self.engine = os.fork()
+        self.engine = self.fork()
         if not self.engine:
             try:
                 self.become_engine(me)
@@ -144,6 +167,14 @@ class Keeper:
             return False  # kqueue says so of a zombie
         return True
 
+    def fork(self) -> int:
+        if self.box:
+            try:
+                return clone_into(self.box)
+            except OSError:
+                pass  # forbidden after all: as if there was no box
+        return os.fork()
+
     def become_engine(self, keeper: int) -> None:
         import resource
 
@@ -152,6 +183,7 @@ class Keeper:
             prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
         if os.getppid() != keeper:
             os._exit(127)
+        fp("server_forked")
         # Python ignores these two, and ignored signals stay so across exec; those with a handler do not.
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)
         signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
@@ -181,6 +213,7 @@ class Keeper:
         text = os.read(self.failed, 16)
         self.watch.forget(self.failed)
         if not text:
+            fp("server_execed")
             self.say(b'{"pid":%d,"start":%d}' % (self.engine, start_time(self.engine)))
             return True
         self.say(b'{"error":"%s","errno":%d}' % (os.strerror(int(text)).encode(), int(text)))
@@ -225,6 +258,8 @@ class Keeper:
 
     def slay(self) -> None:
         """SIGKILL until there is no child left, whatever the tree looked like."""
+        if self.box:
+            kill_box(self.box)
         self.signal_group(signal.SIGKILL)
         while True:
             strays = children()
@@ -245,6 +280,59 @@ class Keeper:
             os.write(self.status, line + b"\n")
         except OSError:
             pass  # the daemon is gone
+
+
+def clone_into(box: str) -> int:
+    """As os.fork, but the child is born in the cgroup `box`: clone3(2) with CLONE_INTO_CGROUP, Linux 5.7.
+
+    A child that moves itself there by `cgroup.procs` waits 9 to 24 ms for all processors (measured, Linux 6.18).
+    """
+    import ctypes
+
+    fd = os.open(box, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    args = (ctypes.c_uint64 * 11)(CLONE_INTO_CGROUP, 0, 0, 0, signal.SIGCHLD, 0, 0, 0, 0, 0, fd)  # struct clone_args
+    api = ctypes.PyDLL(None, use_errno=True)  # keeps the interpreter's lock: both sides need it
+    api.PyOS_BeforeFork()
+    pid: int = api.syscall(ctypes.c_long(SYS_CLONE3), args, ctypes.c_size_t(ctypes.sizeof(args)))
+    if not pid:
+        api.PyOS_AfterFork_Child()
+        return 0
+    api.PyOS_AfterFork_Parent()
+    os.close(fd)
+    if pid < 0:
+        raise OSError(ctypes.get_errno(), "clone3")
+    return pid
+
+
+def kill_box(box: str) -> None:
+    """SIGKILL for everything in the cgroup, whatever it did to get away; who forks meanwhile is taken along by the kernel."""
+    try:
+        with open(os.open(box + "/cgroup.kill", os.O_WRONLY | os.O_CLOEXEC), "wb", 0) as f:  # never makes a file
+            f.write(b"1")
+    except OSError:
+        pass  # removed already
+
+
+def unbox(box: str, within: float) -> bool:
+    """`kill_box`, and away with it.  False if it was not empty after `within` seconds; then, all there is still dying."""
+    kill_box(box)
+    end = time.monotonic() + within
+    while True:
+        try:
+            os.rmdir(box)
+            return True
+        except FileNotFoundError:
+            return True
+        except OSError:  # EBUSY: SIGKILL takes a moment, longer with gigabytes to give back
+            if time.monotonic() > end:
+                return False
+        for folder, _, _ in os.walk(box, topdown=False):  # an engine may have made boxes in its own
+            if folder != box:
+                try:
+                    os.rmdir(folder)
+                except OSError:
+                    pass
+        time.sleep(0.001)
 
 
 def send(child: int, number: int) -> None:
@@ -289,7 +377,8 @@ def main(args: list[str]) -> None:
         os.set_inheritable(fd, False)
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         signal.signal(number, lambda *_: sys.exit(1))  # whoever ends us politely ends the engine too
-    Keeper(daemon, lifeline, status, args[args.index("--") + 1 :]).run()
+    dashes = args.index("--")
+    Keeper(daemon, lifeline, status, args[3] if dashes > 3 else None, args[dashes + 1 :]).run()
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+from ..core.silence import Silence
 from ..engines.base import ADDRESS, BAD_MODEL, CRASHED, OUT_OF_MEMORY, Adapter, Plan
 from ..errors import EngineError, EngineTimeout, LlmDaemonError, UsageError
 from .identity import peer
@@ -19,18 +20,27 @@ from .process import EngineProcess
 EAGER, LAZY, EAGER_FOR = 0.020, 0.250, 10.0
 # One probe may hang, e.g. in an engine that accepts before it loads.
 PATIENCE = 2.0
+# Of one core: more is work.  Answering our probes costs something; a running engine is not probed, and a GPU's work shows little.
+PROBED, UNPROBED = 0.05, 0.01
 _TICK = os.sysconf("SC_CLK_TCK")
 
 
-async def wait_ready(process: EngineProcess, plan: Plan, adapter: Adapter, on_state: Callable[[str], None] | None = None) -> None:
+async def wait_ready(
+    process: EngineProcess,
+    plan: Plan,
+    adapter: Adapter,
+    on_state: Callable[[str], None] | None = None,
+    pulse: Pulse | None = None,
+) -> None:
     """Returns when the engine answers its probe on its own socket, and the one who answers is in the keeper's tree.
 
     `on_state` hears `starting`, `loading` (it answers, but not yet), `ready`, each when it begins.  There is no total
-    deadline: a load may take an hour, but not `plan.stall` seconds without a byte of log, a change of state, CPU time or
-    disk reads; then EngineTimeout.  EngineError if it ended (at once) or somebody else answers; UsageError (`bad_model`) if
-    it ended because of the model file.  After an error the process may still run: stop it.
+    deadline: a load may take hours, but not `plan.stall` seconds without a byte of log, a change of state, CPU time or
+    disk reads, nor core.silence.MUTE times as long without one of the first two (counted by `pulse`, for whoever shows
+    it); then EngineTimeout.  EngineError if it ended (at once) or somebody else answers; UsageError (`bad_model`) if it
+    ended because of the model file.  After an error the process may still run: stop it.
     """
-    polling = asyncio.ensure_future(_poll(process, plan, on_state or (lambda state: None)))
+    polling = asyncio.ensure_future(_poll(process, plan, on_state or (lambda state: None), pulse or Pulse(process, plan.stall)))
     ending = asyncio.ensure_future(process.wait())
     try:
         await asyncio.wait({polling, ending}, return_when=asyncio.FIRST_COMPLETED)
@@ -70,7 +80,7 @@ def failure(process: EngineProcess, adapter: Adapter) -> LlmDaemonError:
             **details,
         )
     hint = {OUT_OF_MEMORY: "try a smaller context or quantization, or stop another model"}.get(kind, "see its log for more")
-    code = "engine_start_failed" if kind == CRASHED else kind
+    code = "keeper_died" if process.lost_keeper else "engine_start_failed" if kind == CRASHED else kind
     return EngineError(f"{process.name} did not start ({exit}): {line}", code=code, hint=hint, **details)
 
 
@@ -91,8 +101,7 @@ class _Stranger(Exception):
     pass
 
 
-async def _poll(process: EngineProcess, plan: Plan, on_state: Callable[[str], None]) -> None:
-    progress = _Progress(process, plan.stall)
+async def _poll(process: EngineProcess, plan: Plan, on_state: Callable[[str], None], pulse: Pulse) -> None:
     state, began, pause = "starting", time.monotonic(), EAGER
     on_state(state)
     reason = "it does not listen"
@@ -107,14 +116,15 @@ async def _poll(process: EngineProcess, plan: Plan, on_state: Callable[[str], No
             pass  # not yet there; or it hung up, which is no different
         else:
             if status in plan.probe.ready:
+                pulse.silence.heard()
                 on_state("ready")
                 return
             reason = f"{plan.probe.path} answers {status}"
             if state != "loading":
                 state = "loading"
                 on_state(state)
-                progress.mark()
-        if progress.stalled():
+                pulse.silence.heard()
+        if pulse.look(PROBED):
             raise _Stalled(reason)
         if time.monotonic() - began > EAGER_FOR:
             pause = min(LAZY, pause * 1.2)
@@ -166,30 +176,44 @@ def _stat(pid: int) -> list[int]:
         return [0] * 50
 
 
-class _Progress:
-    """Whether anything moves: log, state, disk, or CPU time beyond what answering our own probes costs."""
+class Pulse:
+    """An engine's signs of life, and the count of its silence."""
 
     def __init__(self, process: EngineProcess, stall: float) -> None:
-        self.process, self.stall = process, stall
-        self.step = min(5.0, stall / 4)
-        self.last = self.looked = time.monotonic()
-        self.work = self._work()
+        self.process = process
+        self.silence = Silence(stall, time.monotonic())
+        self._logged = process.last_activity
+        self._work = self._read_work()
 
-    def mark(self) -> None:
-        self.last = time.monotonic()
+    def begin(self) -> None:
+        """A new watch: what went on before it does not count."""
+        self.silence.begin(time.monotonic())
+        self._work = self._read_work()
 
-    def stalled(self) -> bool:
-        now = time.monotonic()
-        self.last = max(self.last, self.process.last_activity)
-        if now - self.looked >= self.step:
-            cpu, disk = self._work()
-            if disk != self.work[1] or cpu - self.work[0] >= max(0.03, 0.05 * (now - self.looked)):
-                self.last = now
-            self.work, self.looked = (cpu, disk), now
-        return now - self.last >= self.stall
+    def look(self, share: float, words: bool = False, unseen: bool = False) -> str | None:
+        """Looks if it is time to; the reason why the engine counts as hung, or None.
 
-    def _work(self) -> tuple[float, int]:
-        """CPU seconds, and page faults plus bytes read from disk, of the keeper's whole tree."""
+        `share` of one core it may use without being at work.  `words`: it has spoken, on a connection.  `unseen`: whether
+        it counts as working where the system does not tell.
+        """
+        now, silence = time.monotonic(), self.silence
+        if self.process.last_activity > self._logged:
+            self._logged, words = self.process.last_activity, True
+        if now - silence.looked >= silence.step * 0.99:
+            before, self._work = self._work, self._read_work()
+            works = unseen
+            if before is not None and self._work is not None:
+                cpu, disk = self._work[0] - before[0], self._work[1] - before[1]
+                works = disk != 0 or cpu >= max(0.03, share * (now - silence.looked))
+            silence.look(now, words, works)
+        elif words:
+            silence.heard()
+        return silence.verdict
+
+    def _read_work(self) -> tuple[float, int] | None:
+        """CPU seconds, and page faults plus bytes read from disk, of the engine's whole tree; None if there is no /proc."""
+        if not os.path.exists("/proc/self/stat"):
+            return None
         cpu, disk = 0.0, 0
         todo = [self.process.pid]
         while todo:
@@ -204,5 +228,5 @@ class _Progress:
                     with open(f"/proc/{pid}/task/{task}/children") as f:
                         todo += map(int, f.read().split())
             except OSError:
-                pass  # it ended, or there is no /proc: the log and the state must do
+                pass  # it ended
         return cpu, disk

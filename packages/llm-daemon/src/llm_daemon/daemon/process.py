@@ -15,7 +15,8 @@ from dataclasses import dataclass
 
 from ..engines.base import Plan
 from ..errors import EngineError
-from . import keeper
+from ..faults import FOLDER, fp
+from . import cgroup, keeper
 from .logs import RotatingLog, Tail
 
 # Run from its cache where there is one (fresh, for it was just imported): a script is compiled anew each time.
@@ -39,6 +40,8 @@ def scrubbed_env(environ: Mapping[str, str], gen: str) -> dict[str, str]:
     {'PATH': '/bin', 'CUDA_VISIBLE_DEVICES': '0', 'LLM_DAEMON_GEN': 'g1'}
     """
     kept = {k: v for k, v in environ.items() if _ALLOWED.fullmatch(k) and not _SECRET.search(k)}
+    if FOLDER:
+        kept["LLM_DAEMON_FAULTS"] = FOLDER
     return {**kept, GEN_TAG: gen}
 
 
@@ -116,6 +119,8 @@ class EngineProcess:
         self._ended: asyncio.Future[Exit] = self._loop.create_future()
         self._tail = Tail()
         self._tag = os.urandom(8).hex()
+        self._box: str | None = None
+        self._box_until = 0.0  # monotonic time: as long as we wait for what is in it
         self._keeper: subprocess.Popen[bytes] | None = None
         self.keeper_pid = 0
         self._fds: dict[str, int] = {}  # name -> fd, all ours to close
@@ -132,8 +137,8 @@ class EngineProcess:
 
         `env` is the complete environment (`scrubbed_env`); `plan.env` goes on top.  `on_exit` is called once, on the
         loop, after the last process of the engine is gone and its log is read to the end.  Raises EngineError
-        (`engine_start_failed`) if it cannot be run at all; then, and when cancelled, nothing is left and `on_exit` is
-        never called.
+        (`engine_start_failed`, or `keeper_died`) if it cannot be run at all; then, and when cancelled, nothing is left and
+        `on_exit` is never called.
         """
         self = cls(plan, folder, log, name, on_exit)
         try:
@@ -143,6 +148,8 @@ class EngineProcess:
             if self._keeper is not None:  # no file descriptor left for its pidfd, for instance
                 self._keeper.kill()
                 self._keeper.wait()
+            if self._box is not None:
+                cgroup.remove(self._box, folder, within=1.0)
             raise EngineError(
                 f"cannot start {name}: {e}", code="engine_start_failed", hint="`llm-daemon doctor` may know why"
             ) from e
@@ -169,8 +176,13 @@ class EngineProcess:
         """The last lines of the engine's output, at most 8 KiB."""
         return self._tail.text()
 
+    @property
+    def lost_keeper(self) -> bool:
+        """Whether it ended because its keeper did: no fault of the engine's."""
+        return self.exit is not None and not {"exit", "error"} & self._report.keys()
+
     async def wait(self) -> Exit:
-        """The exit, when it comes.  Cancelling stops the waiting only."""
+        """The exit, when it comes; `on_exit` has been called by then.  Cancelling stops the waiting only."""
         return await asyncio.shield(self._ended)
 
     async def stop(self, force: bool = False) -> Exit:
@@ -198,12 +210,15 @@ class EngineProcess:
 
     def _spawn(self, env: dict[str, str]) -> None:
         os.makedirs(self.folder, mode=0o700, exist_ok=True)
+        self._box = cgroup.make(self.folder, env.get(GEN_TAG, ""))
         fds = self._fds
         life_r, fds["lifeline"] = os.pipe()
         fds["life_r"] = life_r
         fds["status"], fds["status_w"] = os.pipe()
         fds["log"], fds["log_w"] = os.pipe()
-        argv = [sys.executable, "-I", "-S", KEEPER, str(os.getpid()), str(life_r), str(fds["status_w"]), "--", *self.plan.argv]
+        box = [self._box] if self._box else []
+        told = (str(os.getpid()), str(life_r), str(fds["status_w"]), *box)
+        argv = [sys.executable, "-I", "-S", KEEPER, *told, "--", *self.plan.argv]
         # Popen without preexec_fn uses vfork, and a new session keeps a terminal's Ctrl-C away.
         self._keeper = subprocess.Popen(
             argv,
@@ -216,6 +231,7 @@ class EngineProcess:
             stderr=fds["log_w"],
         )
         self.keeper_pid = self._keeper.pid
+        fp("keeper_spawned")
         for name in ("life_r", "status_w", "log_w"):
             os.close(fds.pop(name))
         for name, reader in (("log", self._read_log), ("status", self._read_status)):
@@ -304,6 +320,8 @@ class EngineProcess:
             return
         # The keeper was killed.  PDEATHSIG kills the engine at this moment; we kill what had left its tree, and wait.
         kill_tagged(ENGINE_TAG, self._tag)
+        self._unboxed()
+        self._box_until = time.monotonic() + 5.0
         if "engine" in self._fds:
             self._loop.add_reader(self._fds["engine"], self._finish)
             self._bound = self._loop.call_later(5.0, self._finish)
@@ -315,19 +333,22 @@ class EngineProcess:
             return
         if self._bound is not None:
             self._bound.cancel()
+        self._close("engine")
+        if not self._unboxed() and time.monotonic() < self._box_until:
+            self._loop.call_later(0.005, self._finish)  # nothing tells when a cgroup may be removed
+            return
         self._drain_log()
         self._close_all()
         status, number = self._report.get("exit"), self._report.get("signal")
         if "exit" not in self._report:
             number = int(signal.SIGKILL)  # PDEATHSIG: see above
         self.exit = Exit(status if isinstance(status, int) else None, number if isinstance(number, int) else None, self._asked)
-        self._ended.set_result(self.exit)
         if not self._started.done():
-            text = self._report.get("error") or self.exit
+            text = self._report.get("error") or ("its keeper died" if self.lost_keeper else self.exit)
             self._started.set_exception(
                 EngineError(
                     f"cannot run {self.plan.argv[0]}: {text}",
-                    code="engine_start_failed",
+                    code="keeper_died" if self.lost_keeper else "engine_start_failed",
                     log=self.log.path,
                     last_words=self.last_words(),
                 )
@@ -335,9 +356,17 @@ class EngineProcess:
         # Later than whoever awaits `start`: it has the object by then, or has taken `on_exit` away.
         self._loop.call_soon(self._notify)
 
+    def _unboxed(self) -> bool:
+        """Ends whatever is in the box; False while some of it is still dying."""
+        return self._box is None or cgroup.remove(self._box, self.folder)
+
     def _notify(self) -> None:
-        if self._on_exit is not None and self.exit is not None:
-            self._on_exit(self.exit)
+        assert self.exit is not None
+        try:
+            if self._on_exit is not None:
+                self._on_exit(self.exit)
+        finally:
+            self._ended.set_result(self.exit)
 
     def _drain_log(self) -> None:
         """All writers are dead: read what is in the pipe.  (One that escaped may still write; do not wait for it.)"""

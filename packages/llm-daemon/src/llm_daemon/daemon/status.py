@@ -8,7 +8,7 @@ from time import monotonic
 from typing import TYPE_CHECKING, Any
 
 from ..config import Settings
-from ..core.instance import Instance
+from ..core.instance import Instance, State
 from . import identity
 
 if TYPE_CHECKING:
@@ -18,7 +18,10 @@ SHOWN = ("ttl", "leased_ttl", "linger", "port", "host", "auth", "queue_limit", "
 
 
 def status(daemon: Daemon) -> dict[str, Any]:
-    """One JSON object: `daemon`, `instances`, `leases`.  Times are seconds, sizes bytes; None where unknown or not due."""
+    """One JSON object: `daemon`, `instances`, `leases`.  Times are seconds, sizes bytes; None where unknown or not due.
+
+    `stalled_seconds` of an instance that loads or answers: since its engine's last sign of life (core/silence.py).
+    """
     now = monotonic()
     machine = daemon.machine
     return {
@@ -42,6 +45,7 @@ def shown(settings: Settings) -> dict[str, Any]:
 def _instance(daemon: Daemon, it: Instance, now: float) -> dict[str, Any]:
     live = daemon.supervisor.live.get(it.id)
     process = live.process if live else None
+    starting = it.state is State.STARTING
     closes_at = it.closes_at(daemon.settings.ttl, daemon.settings.leased_ttl)
     return {
         "id": it.id,
@@ -62,7 +66,8 @@ def _instance(daemon: Daemon, it: Instance, now: float) -> dict[str, Any]:
         "argv": list(live.plan.argv) if live and live.plan else [],
         "log": live.log_path if live else "",
         "error": it.error and {**it.error, "data": {k: v for k, v in it.error.get("data", {}).items() if k != "last_words"}},
-        "progress": live.progress if live and it.state.value == "starting" else None,
+        "stalled_seconds": live.pulse.silence.still if live and live.pulse and (it.lane.running or starting) else None,
+        "progress": live.progress if live and starting else None,
         "starts": it.starts,
     }
 

@@ -11,7 +11,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from time import monotonic
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .. import errors, paths
 from ..config import Settings
@@ -23,11 +23,15 @@ from ..models.fetch import fetch
 from ..models.gguf import header as gguf_header
 from ..spec import Spec, Wish
 from .logs import RotatingLog
-from .probe import wait_ready
+from .probe import UNPROBED, Pulse, wait_ready
 from .process import EngineProcess, Exit, scrubbed_env
+
+if TYPE_CHECKING:
+    from .upstream import Pool
 
 log = logging.getLogger("llm_daemon")
 SOCKET = "engine.sock"
+KEEPER_DEATHS = 8  # in one start, before we say so: whoever kills keepers, it is no fault of the engine's
 BEYOND = 4  # times the machine's memory: what no GPU beside it would make up for
 RESOLVED, RESOLVED_FOR = 256, 5.0  # wishes remembered, and seconds for which a name keeps its meaning
 
@@ -43,6 +47,9 @@ class Live:
     context: int | None = None
     plan: Plan | None = None
     process: EngineProcess | None = None
+    pulse: Pulse | None = None  # as long as it is expected to do something
+    watch: asyncio.Task[None] | None = None  # while requests run
+    hung: errors.EngineTimeout | None = None  # why it is being killed
     progress: dict[str, Any] = field(default_factory=dict)
     task: asyncio.Task[None] | None = None  # its start
     stop: asyncio.Task[None] | None = None
@@ -136,7 +143,16 @@ class Supervisor:
     async def _start(self, instance: str, live: Live) -> None:
         error: errors.LlmDaemonError | None = None
         try:
-            await self._bring_up(instance, live)  # whatever comes of it, Up or Down is said in the end
+            for death in range(1, KEEPER_DEATHS + 1):  # whatever comes of it, Up or Down is said in the end
+                try:
+                    await self._bring_up(instance, live)
+                    break
+                except errors.EngineError as e:
+                    if e.code != "keeper_died" or death == KEEPER_DEATHS:
+                        raise
+                    log.warning("%s starts again: %s", instance, e)
+                    live.process = None
+                    self._cleared(live)
         except asyncio.CancelledError:
             pass  # Halt: nobody waits for this start any more
         except errors.LlmDaemonError as e:
@@ -199,14 +215,25 @@ class Supervisor:
         # Relative to the runtime folder, our working folder: if that was deleted this fails, and never meets our successor's.
         live.folder = os.path.join(f"g-{self._generation}", f"{instance}-{self._starts}")
         log.info("%s starts: %s", instance, " ".join(live.plan.argv))
-        live.process = await EngineProcess.start(
-            live.plan, folder=live.folder, env={**scrubbed_env(os.environ, self._generation), **user_env},
-            log=live.log, name=spec.model, on_exit=lambda exit: self._exited(instance, live, exit),
-        )  # fmt: skip
+        try:
+            async with asyncio.timeout(live.plan.stall):
+                live.process = await EngineProcess.start(
+                    live.plan, folder=live.folder, env={**scrubbed_env(os.environ, self._generation), **user_env},
+                    log=live.log, name=spec.model, on_exit=lambda exit: self._exited(instance, live, exit),
+                )  # fmt: skip
+        except TimeoutError:  # its keeper was stopped, or its program's disk hangs
+            raise errors.EngineTimeout(
+                f"{name} did not begin to run within {live.plan.stall:g} s", hint="is its disk there?"
+            ) from None
         self.spawned.set()
-        await wait_ready(live.process, live.plan, adapter, lambda state: progress({"phase": "load", "message": state}))
+        live.pulse = Pulse(live.process, live.plan.stall)
+        said = lambda state: progress({"phase": "load", "message": state})  # noqa: E731
+        await wait_ready(live.process, live.plan, adapter, said, live.pulse)
         if live.process.exit is not None:  # it answered and died before we were told
-            raise errors.EngineError(f"{name} died right after loading {spec.model} ({live.process.exit})", code="engine_died")
+            raise errors.EngineError(
+                f"{name} died right after loading {spec.model} ({live.process.exit})",
+                code="keeper_died" if live.process.lost_keeper else "engine_died",
+            )
 
     def _threads(self) -> int:
         """Cores minus one, shared with the engines that run already: spinning on all cores costs a factor of 3 to 70."""
@@ -214,6 +241,33 @@ class Supervisor:
             return min(self.settings.threads, usable_cores())
         others = sum(1 for live in self.live.values() if live.process is not None)
         return max(1, (usable_cores() - 1) // (others + 1))
+
+    # Watch ----------------------------------------------------------------------------------------------------
+    def watch(self, instance: str, pool: Pool) -> None:
+        """Looks for signs of life while calls are open, and ends an engine that hangs; Down follows.  May be called twice."""
+        live = self.live[instance]
+        if live.watch is None and live.process is not None and live.pulse is not None:
+            live.watch = asyncio.create_task(self._watch(live, live.process, live.pulse, pool))
+
+    async def _watch(self, live: Live, process: EngineProcess, pulse: Pulse, pool: Pool) -> None:
+        path = process.socket
+        pulse.begin()
+        try:
+            while process.exit is None and live.stop is None and (calls := pool.open(path)):
+                if all(call.is_paused for call in calls):
+                    pulse.begin()  # silent because its clients do not read
+                elif reason := pulse.look(UNPROBED, pool.heard(path), unseen=True):
+                    live.hung = errors.EngineTimeout(
+                        f"{live.engine} with {live.spec.model} hung and was ended: {reason}",
+                        code="engine_hung", hint="ask again: it is started anew",
+                        last_words=process.last_words()[-2000:], log=live.log_path,
+                    )  # fmt: skip
+                    process.kill_now()
+                    pool.cut(path, live.hung)
+                    return
+                await asyncio.sleep(pulse.silence.step)
+        finally:
+            live.watch = None
 
     # End ------------------------------------------------------------------------------------------------------
     def halt(self, instance: str, force: bool) -> None:
@@ -235,24 +289,27 @@ class Supervisor:
 
     def _exited(self, instance: str, live: Live, exit: Exit) -> None:
         """An engine ended.  On our word, or while starting: whoever asked is waiting and reports."""
-        if exit.asked or live.process is None or (live.task is not None and not live.task.done()):
+        if (exit.asked and not live.hung) or live.process is None or (live.task is not None and not live.task.done()):
             return
         process, live.process = live.process, None
+        error = live.hung or self._death(live, process, exit)
+        log.warning("%s: %s", instance, error)
+        self._cleared(live)
+        self._post(Down(instance, error.to_wire()))
+
+    def _death(self, live: Live, process: EngineProcess, exit: Exit) -> errors.EngineError:
         status = exit.status if exit.signal is None else -exit.signal
         try:
             _, line = self.registry.get(live.engine).diagnose(status, process.last_words())
         except Exception:
             log.exception("the adapter of %s failed", live.engine)
             line = ""
-        error = errors.EngineError(
+        return errors.EngineError(
             f"{live.engine} with {live.spec.model} died ({exit})" + (f": {line}" if line else ""),
             code="engine_died",
             last_words=process.last_words()[-2000:],
             log=live.log_path,
         )
-        log.warning("%s: %s", instance, error)
-        self._cleared(live)
-        self._post(Down(instance, error.to_wire()))
 
     def _cleared(self, live: Live) -> None:
         if live.log is not None:

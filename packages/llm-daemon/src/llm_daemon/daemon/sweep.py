@@ -1,4 +1,4 @@
-"""What dead generations left behind: engines that escaped while daemon and keeper were killed together, and folders.
+"""What dead generations left behind: engines that escaped while daemon and keeper were killed together, boxes and folders.
 
 Only the holder of LIFE calls this, before its first engine starts.
 """
@@ -10,13 +10,15 @@ import os
 import shutil
 from pathlib import Path
 
+from . import cgroup
 from .process import GEN_TAG, kill_tagged
 
 
 def sweep(runtime: Path, own: str) -> int:
-    """Ends the processes and removes the folders of every dead generation below `runtime`; returns how many it ended.
+    """Ends the processes and removes the folders of every dead generation below `runtime`; returns how many it ended by tag.
 
-    A generation whose folder is still locked lives (a ghost that serves its last leases) and is left alone.
+    A generation whose folder is still locked lives (a ghost that serves its last leases) and is left alone.  One whose
+    processes are still dying after a second keeps its folder, for the next sweep.
     """
     ended = 0
     for folder in runtime.glob("g-*"):
@@ -25,6 +27,8 @@ def sweep(runtime: Path, own: str) -> int:
             continue
         if any(folder.iterdir()):  # a clean end leaves the folder empty: nothing to look for
             ended += kill_tagged(GEN_TAG, nonce)
+            if not cgroup.sweep(folder):
+                continue
         shutil.rmtree(folder, ignore_errors=True)
     for stale in runtime.glob("[sh].????????????????"):
         if stale.name[2:] != own:

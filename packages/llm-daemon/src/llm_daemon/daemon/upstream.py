@@ -13,7 +13,7 @@ from contextlib import suppress
 from time import monotonic
 from typing import Protocol, cast
 
-from ..errors import RemoteProtocolError
+from ..errors import LlmDaemonError, RemoteProtocolError
 from .http1 import Head, ResponseReader
 
 _BACKLOG_WAIT = 5.0  # seconds to go on knocking while the engine's accept queue is full (cpp-httplib's holds 5)
@@ -26,8 +26,8 @@ class Sink(Protocol):
         """The head with the first call, pieces of the body as they came, whether the answer is complete."""
         ...
 
-    def lost(self, reason: str) -> None:
-        """The engine cannot be reached, broke off or broke the protocol."""
+    def lost(self, reason: str, error: LlmDaemonError | None = None) -> None:
+        """The engine cannot be reached, broke off or broke the protocol; `error` if somebody knows better why."""
         ...
 
 
@@ -62,6 +62,10 @@ class Call:
     def resume(self) -> None:
         if self._link is not None:
             self._link.transport.resume_reading()
+
+    @property
+    def is_paused(self) -> bool:
+        return self._link is not None and not self._link.transport.is_reading()
 
     def connect(self) -> None:
         """Makes the call on a connection of its own."""
@@ -125,6 +129,7 @@ class Link(asyncio.Protocol):
             self.kill()
             return
         call.started, call.message = True, b""  # from here on it is not made again
+        self._pool.speaking.add(self.path)
         try:
             head, body, last = self._reader.feed(data)
         except RemoteProtocolError as e:
@@ -169,6 +174,7 @@ class Pool:
         self._idle: dict[str, list[tuple[Link, float]]] = {}
         self._timer: asyncio.TimerHandle | None = None
         self.calls: set[Call] = set()
+        self.speaking: set[str] = set()  # paths of engines that sent something since `heard` was asked
 
     def call(self, path: str, message: bytes, sink: Sink) -> Call:
         """Sends `message` to the engine at the unix socket `path`; the sink hears of it later, never before this returns."""
@@ -176,11 +182,21 @@ class Pool:
         self.calls.add(call)
         return call
 
-    def cut(self, path: str | None = None) -> None:
+    def open(self, path: str) -> list[Call]:
+        """Calls to `path` that are on their way."""
+        return [call for call in self.calls if call.path == path]
+
+    def heard(self, path: str) -> bool:
+        """Whether a byte came from `path` since this was asked last."""
+        spoke = path in self.speaking
+        self.speaking.discard(path)
+        return spoke
+
+    def cut(self, path: str | None = None, error: LlmDaemonError | None = None) -> None:
         """Closes every connection to `path` (None: to all).  Open calls are lost; an engine stops faster without them."""
         for call in [c for c in self.calls if path in (None, c.path)]:
             call.abort()
-            call.sink.lost("its connections were cut")
+            call.sink.lost("its connections were cut", error)
         for key in list(self._idle) if path is None else [path]:
             for link, _ in self._idle.pop(key, ()):
                 link.kill()

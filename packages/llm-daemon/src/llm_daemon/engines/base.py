@@ -80,7 +80,8 @@ class Plan:
 
     `env` is added to the scrubbed environment.  `address` is the unix socket that it listens on (`Grant.socket`, relative
     to the engine's working folder).  `slots`: requests it serves at once.  `stall` is how many seconds may pass while
-    loading without a byte of log, a change of state, disk reads or CPU time used, before it counts as stuck.
+    loading or answering without a byte of log or answer, a change of state, disk reads or CPU time used, before it counts
+    as stuck (core/silence.py).
     """
 
     argv: tuple[str, ...]

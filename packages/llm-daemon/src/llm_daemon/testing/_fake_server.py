@@ -18,6 +18,12 @@ from typing import Any
 
 STREAM_HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\nServer: fake\r\n\r\n"
 REASONS = {200: "OK", 404: "Not Found", 429: "Too Many Requests", 500: "Internal Server Error", 503: "Service Unavailable"}
+GRANDCHILD = """
+import os, signal
+os.write(2, b"grandchild %d\\n" % os.getpid())
+while True:
+    signal.pause()
+"""
 BY_DEFAULT = ["Hello", " from", " the", " fake", " engine", "."]
 
 
@@ -26,6 +32,7 @@ class Server:
         self.scenario, self.alias, self.path = scenario, options["--alias"], options["--socket"]
         self.slots = threading.Semaphore(int(options.get("--slots", "1")))
         self.ready = False
+        self.stuck = False
         self.count = 0
         self.lock = threading.Lock()
 
@@ -94,9 +101,9 @@ class Server:
             if os.fork() == 0:
                 signal.signal(signal.SIGTERM, signal.SIG_IGN)
                 signal.signal(signal.SIGHUP, signal.SIG_IGN)
-                os.write(2, b"grandchild %d\n" % os.getpid())
-                while True:
-                    signal.pause()
+                if self.scenario["grandchild"] == "scrubbed":
+                    os.execve(sys.executable, [sys.executable, "-I", "-S", "-c", GRANDCHILD], {})
+                exec(GRANDCHILD)
             os._exit(0)
 
     def on_sigterm(self, *_: object) -> None:
@@ -212,10 +219,29 @@ class Server:
             if self.scenario.get("crash_after_tokens") == i:
                 os.write(2, b"error: crashed in the middle\n")
                 os.abort()
+            if self.scenario.get("stuck_after_tokens") == i and self.gets_stuck():
+                self.log("stuck")
+                while True:
+                    time.sleep(3600)
             wait = pause + (0 if i else self.scenario.get("first_token_ms", 0) / 1000)
+            if self.scenario.get("token_burns_cpu"):
+                end, wait = time.monotonic() + wait, 0
+                while time.monotonic() < end:
+                    sum(range(10000))
             if self.hung_up(client, wait, bool(request.get("stream"))):
                 raise ConnectionResetError
             yield token
+
+    def gets_stuck(self) -> bool:
+        path = self.scenario.get("stuck_once")
+        with self.lock:
+            if path and not self.stuck:
+                try:
+                    os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
+                except FileExistsError:
+                    return False
+            self.stuck = True
+        return True
 
     def hung_up(self, client: socket.socket, wait: float, stream: bool) -> bool:
         """Waits that long; at once True if the client is gone and the scenario lets us notice."""

@@ -14,11 +14,14 @@ In a daemon: `[engines.fake] adapter = "llm_daemon.testing.fake_engine:FakeEngin
 | `kill_self_while_loading` | ends after `load_seconds` by this signal number |
 | `tokens` | what it says: list of strings, or how many to make up |
 | `token_ms`, `first_token_ms` | time before each token, and before the first one in addition |
+| `token_burns_cpu` | computes in that time |
 | `crash_after_tokens` | dies by SIGABRT when a request has had that many |
+| `stuck_after_tokens` | a request that has had that many waits for ever; health stays fine |
+| `stuck_once` | path of a file that the first process to get stuck makes: no later one does |
 | `ignores_disconnect` | goes on for clients that hung up: `true`, or `"nonstream"` as llama-server under load |
 | `ignore_sigterm` | only SIGKILL ends it |
 | `stop_seconds` | SIGTERM ends it only after that long; a second SIGTERM at once, with status 1 |
-| `grandchild` | leaves its tree with a double-forked, setsid'ed process that ignores SIGTERM |
+| `grandchild` | leaves its tree with a double-forked, setsid'ed process that ignores SIGTERM; `"scrubbed"`: without environment |
 | `error_status` | answers each completion with that HTTP status |
 | `echo` | says the words of the last user message or prompt instead of `tokens` |
 | `stall`, `grace` | seconds, for the plan: see `engines.base.Plan` and `Stop` |

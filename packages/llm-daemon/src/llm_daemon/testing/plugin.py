@@ -52,12 +52,16 @@ def fake_model(tmp_path: Path) -> Callable[..., str]:
 @pytest.fixture
 def generation() -> Iterator[str]:
     """A value for LLM_DAEMON_GEN of this test's own; afterwards no process that carries it may live."""
+    from llm_daemon.daemon.keeper import unbox
     from llm_daemon.daemon.process import GEN_TAG, kill_tagged
+    from llm_daemon.testing.census import boxes
 
     value = "test-" + os.urandom(8).hex()
     yield value
     left = survivors(value)
     kill_tagged(GEN_TAG, value)
+    for box in boxes({value}):  # of a daemon that was killed before its keeper lived, or with it
+        unbox(box, 5.0)
     if left:
         pytest.fail("the test left engine processes behind:\n  " + "\n  ".join(left), pytrace=False)
 

@@ -1,7 +1,8 @@
 """A process that stands in for the daemon, so that tests can kill it: starts one engine and waits for its own end.
 
 Run as `python -m llm_daemon.testing.stand_in JSON`, keys `adapter` ("module:Class"), `config`, `model`, `folder`,
-`generation`, `parallel`, `wait` (until ready), `leak` (a forked child keeps every file descriptor open).
+`generation`, `parallel`, `wait` (until ready), `leak` (a forked child keeps every file descriptor open), `box` (false: as
+where there are no cgroups).
 Prints `starting`, `started KEEPER ENGINE`, then `ready`.
 """
 
@@ -15,6 +16,7 @@ import signal
 import sys
 from typing import Any
 
+from ..daemon import cgroup
 from ..daemon.logs import RotatingLog
 from ..daemon.probe import wait_ready
 from ..daemon.process import EngineProcess, scrubbed_env
@@ -30,6 +32,8 @@ async def serve(task: dict[str, Any]) -> None:
     model = task["model"]
     grant = Grant(model, "stand-in", "e.sock", context=512, parallel=task.get("parallel", 1), threads=1)
     plan = adapter.plan(Spec(Wish(model), Artifact("file", model, model)), where, grant)
+    if not task.get("box", True):
+        cgroup.home = lambda: None  # type: ignore[assignment]
     print("starting", flush=True)
     process = await EngineProcess.start(
         plan,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import select
 import signal
 import subprocess
@@ -11,6 +12,7 @@ import time
 from pathlib import Path
 
 from ..client import sync
+from . import census
 
 LLM_DAEMON = str(Path(sys.executable).with_name("llm-daemon"))
 CONFIG = """
@@ -19,6 +21,7 @@ linger = 0.2
 [engines.fake]
 adapter = "llm_daemon.testing.fake_engine:FakeEngine"
 """
+GENERATION = re.compile(r"generation (\w+)$", re.MULTILINE)  # as the daemon logs it
 
 
 class World:
@@ -70,23 +73,37 @@ class World:
         engine, daemon = map(int, child.stdout.readline().split())
         return child, engine, daemon
 
-    def generations(self) -> set[bytes]:
-        return {b"LLM_DAEMON_GEN=" + p.name[2:].encode() for p in self.runtime.glob("g-*")}
+    def leave(self, client: subprocess.Popen[str]) -> None:
+        """Ends a `client`, politely."""
+        assert client.stdin is not None
+        client.stdin.close()
+        assert client.wait(timeout=30) == 0
+
+    def generations(self) -> set[str]:
+        """Nonces of the daemons of this world, from their folders and from what their log remembers."""
+        said = [
+            nonce for log in self.state.glob("logs/daemon.log*") for nonce in GENERATION.findall(log.read_text(errors="replace"))
+        ]
+        return {folder.name.removeprefix("g-") for folder in self.runtime.glob("g-*")} | set(said)
 
     def processes(self) -> dict[int, str]:
-        """Every living daemon, keeper and engine of this world: {pid: command}."""
-        here = f"LLM_DAEMON_RUNTIME_DIR={self.runtime}".encode()
-        tags = self.generations()
-        found = {}
-        for entry in filter(str.isdigit, os.listdir("/proc")):
-            try:
-                environ = set(Path(f"/proc/{entry}/environ").read_bytes().split(b"\0"))
-                command = Path(f"/proc/{entry}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
-            except OSError:
-                continue
-            if command and ((here in environ and "boot.py" in command) or environ & tags):
-                found[int(entry)] = command
-        return found
+        """Every living daemon, keeper and engine of this world, and what an engine left: {pid: command}."""
+        return census.processes(self.runtime, self.generations())
+
+    def census(self) -> dict[str, list[str]]:
+        """What there is now.  Once all have gone, every list is empty; `zombies` and `leaked_fds` are empty at all times.
+
+        `processes` (`PID COMMAND`), `zombies` (ended children of the calling process), `cgroups` (boxes of engines),
+        `leaked_fds` (who holds what only the daemon may), `files` (names in the runtime folder that should have gone).
+        """
+        generations = self.generations()
+        return {
+            "processes": [f"{pid} {command}" for pid, command in census.processes(self.runtime, generations).items()],
+            "zombies": census.zombies(),
+            "cgroups": census.boxes(generations),
+            "leaked_fds": census.leaked_fds(self.runtime),
+            "files": census.files(self.runtime),
+        }
 
     def wait_empty(self, within: float) -> float:
         """Seconds until no process of this world lives; fails after `within`."""
