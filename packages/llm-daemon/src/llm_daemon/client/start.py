@@ -94,6 +94,7 @@ def ensure(
             elif step is TAKE_START:
                 step, lock = _take_start(door.dir, attempt)
             else:
+                attempt.check(time.monotonic())
                 step = attempt.verdict(*spawn(attempt.deadline))
             if lock is not None and not attempt.holds_start:
                 _let_go(lock)
@@ -332,7 +333,7 @@ def spawn(until: float) -> tuple[errors.LlmDaemonError | None, str]:
         import subprocess
 
     boot = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "daemon", "boot.py")
-    env = {k: v for k, v in os.environ.items() if k in _ENV_NAMES or k.startswith(_ENV_PREFIXES)}
+    env = {k: v for k, v in os.environ.items() if k in _ENV_NAMES or (k.startswith(_ENV_PREFIXES) and k != "NVIDIA_API_KEY")}
     env["LLM_DAEMON_RUNTIME_DIR"] = runtime_dir()
     r, w = os.pipe()
     try:

@@ -82,7 +82,7 @@ class Attempt:
         return self._again(0.05 * self._spawns if self._spawns > 2 else 0.0)
 
     def check(self, now: float) -> None:
-        """Called before each pause.  Raises DaemonUnresponsive at the deadline."""
+        """Called before each pause and each start.  Raises DaemonUnresponsive at the deadline."""
         if now >= self.deadline:
             raise self.unresponsive or errors.DaemonUnresponsive(
                 "the daemon could not be reached in time", hint="`llm-daemon doctor` looks for the cause"
