@@ -17,7 +17,7 @@ from _thread import RLock
 
 from .. import errors
 from ..core import control
-from ..core.rendezvous import CONNECT, TAKE_START, Attempt
+from ..core.rendezvous import CONNECT, TAKE_START, VANISHED, Attempt
 from ..faults import fp
 from ..paths import runtime_dir
 
@@ -373,9 +373,9 @@ def spawn(until: float) -> tuple[errors.LlmDaemonError | None, str]:
             data = os.read(r, 65536)
             if not data:
                 reap()
-                return _failed(
-                    f"it ended with status {launcher.returncode}" if launcher.returncode else "it ended without a report"
-                )
+                if launcher.returncode:
+                    return _failed(f"it ended with status {launcher.returncode}")
+                return _failed("it ended without a report", VANISHED)
             said += data
         reap()
         fp("verdict_read")
@@ -397,8 +397,8 @@ def _verdict(words: str) -> tuple[errors.LlmDaemonError | None, str]:
     return _failed(words[:500])
 
 
-def _failed(words: str) -> tuple[errors.LlmDaemonError, str]:
+def _failed(words: str, code: str = "daemon_start") -> tuple[errors.LlmDaemonError, str]:
     return errors.Bug(
-        f"the daemon failed to start ({words})", code="daemon_start",
+        f"the daemon failed to start ({words})", code=code,
         hint="`llm-daemon logs --daemon` shows its last words; please report this",
     ), words  # fmt: skip

@@ -9,10 +9,12 @@ from __future__ import annotations
 from .. import errors
 
 START_PATIENCE = 5.0  # seconds a busy START is respected: its holder may be stopped
-FAILURES = 3  # starts that may fail in one call
+FAILURES = 3  # starts that may fail in one call with a word about why
 SPAWNS = 10  # starts in one call, failed or not: one that says READY and dies at once must not be started for ever
 ELECTION = 10.0  # seconds a candidate waits for a holder of LIFE that neither answers nor goes
 DOUBT = 1.0  # of them, until it looks whether somebody has stopped the holder
+
+VANISHED = "daemon_vanished"  # code of the error for a candidate that said nothing: killed, most likely, and not by its own fault
 
 # What to do next.
 CONNECT, TAKE_START, SPAWN = "connect", "take START", "spawn"
@@ -65,13 +67,14 @@ class Attempt:
     def verdict(self, error: errors.LlmDaemonError | None, words: str) -> str:
         """What the launcher reported: a hint, whatever it says.  `error` is None for READY and ALREADY.
 
-        Raises `error` at once if only the caller can help, after FAILURES of them otherwise; Bug after SPAWNS starts.
+        Raises `error` at once if only the caller can help, after FAILURES of them otherwise; Bug after SPAWNS starts, which
+        is all that ends a row of candidates that VANISHED.
         """
         if words == "ALREADY":  # one served, and left before we came: nothing was started
             return self._again(0.02)
         self._spawns += 1
         if error is not None:
-            self._failures += 1
+            self._failures += error.code != VANISHED
             if isinstance(error, errors.UsageError) or error.code == "port_taken" or self._failures >= FAILURES:
                 raise error
         if self._spawns >= SPAWNS:
