@@ -42,9 +42,9 @@ _ENV_PREFIXES = ("LLM_DAEMON_", "LC_", "PIP_", "UV_", "HF_", "CUDA_", "HIP_", "R
 
 # Held while something is imported for the first time.  A fork waits for it: in a child that was forked in the middle of an
 # import by another thread, that import would wait for ever.
-_importing = RLock()
+importing = RLock()
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(before=_importing.acquire, after_in_parent=_importing.release, after_in_child=_importing.release)
+    os.register_at_fork(before=importing.acquire, after_in_parent=importing.release, after_in_child=importing.release)
 
 
 class Down(Exception):
@@ -142,7 +142,7 @@ def _pause(attempt: Attempt) -> None:
 
 def _take_start(folder: str, attempt: Attempt) -> tuple[str, int | None]:
     """The next step, and the lock's fd if it is ours."""
-    with _importing:
+    with importing:
         import fcntl
 
     try:
@@ -212,7 +212,7 @@ class _Door:
 
     def _connect_socket(self, s: socket.socket) -> None:
         # A blocking connect with SO_SNDTIMEO: a non-blocking one reports a full backlog as "connected" (cpython#117208).
-        with _importing:
+        with importing:
             import struct
 
         wait = self._left(CONNECT_WAIT)
@@ -299,10 +299,10 @@ def unresponsive(pid: int, wake_it: bool) -> errors.DaemonUnresponsive:
 
 def wake(pid: int) -> None:
     """SIGCONT for a process of ours, if it is stopped; by pidfd, so that no other process can be meant."""
-    import signal
-
     if _state(pid) != "T":
         return
+    with importing:
+        import signal
     try:
         fd = os.pidfd_open(pid)
         try:
@@ -328,7 +328,7 @@ def spawn(until: float) -> tuple[errors.LlmDaemonError | None, str]:
 
     Waits until the monotonic time `until` at most; a launcher that hangs is ended.
     """
-    with _importing:
+    with importing:
         import select
         import subprocess
 
@@ -388,8 +388,8 @@ def _verdict(words: str) -> tuple[errors.LlmDaemonError | None, str]:
     if words in ("READY", "ALREADY"):
         return None, words
     if words.startswith("ERR "):
-        import json
-
+        with importing:
+            import json
         try:
             return errors.from_wire(json.loads(words[4:])), words[:500]
         except ValueError:

@@ -104,8 +104,8 @@ class Conversation:
 
     def is_open(self) -> bool:
         """Whether the daemon is still there; costs two system calls at most, never waits, from any thread."""
-        import select
-
+        with start.importing:
+            import select
         try:
             poll = select.poll()
             poll.register(self.sock, select.POLLIN)
