@@ -25,6 +25,29 @@ print(talk.welcome["pid"], flush=True)
 sys.stdin.read()
 """
 
+# A forked child waits for ever for a module that another thread was importing at that moment, unless the fork had to wait
+# for that import: so says `client/start.py`, `importing`.
+ALL_IMPORTS = """
+import sys
+from llm_daemon import attach
+from llm_daemon.client import start
+class Watch:
+    def find_spec(self, name, path=None, target=None):
+        if not start.importing._is_owned():
+            print("unguarded:", name)
+sys.meta_path.insert(0, Watch())
+for _ in range(2):
+    with attach({model!r}) as lease:
+        print(lease.is_open(), lease.model)
+"""
+
+
+def test_each_import_of_an_attach_makes_forks_wait(world: World, fake_model: Callable[..., str]) -> None:
+    model = fake_model()
+    child = world.python(ALL_IMPORTS.format(model=model))
+    said, _ = child.communicate(timeout=60)
+    assert said.splitlines() == [f"True {model}"] * 2
+
 
 def test_a_daemon_with_few_files_refuses_newcomers_and_keeps_its_leases(world: World) -> None:
     child = world.python(FEW_FILES)

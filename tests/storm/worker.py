@@ -22,6 +22,7 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from http.client import HTTPConnection
+from multiprocessing.connection import wait
 from typing import Any
 
 CONFIG: dict[str, Any] = json.loads(sys.argv[1])
@@ -319,11 +320,13 @@ def forking(dice: random.Random) -> None:
         while time.monotonic() < END:
             child = context.Process(target=forked, args=(mine.random(),))
             child.start()
-            child.join(40)
-            if child.exitcode is None:
+            if not wait([child.sentinel], 40):
                 say("failed", told=False, code="hung", why="a forked worker hangs", ms=40e3, races={})
                 child.kill()
-                child.join()
+            # Not `join`: each start() reaps every ended child, the other thread's too, and a join that loses this race
+            # returns at once and knows no exit code yet.
+            while child.exitcode is None:
+                time.sleep(0.001)
             child.close()
 
     threads = [threading.Thread(target=attaching, args=(dice.random(),)) for _ in range(8)]
@@ -388,6 +391,10 @@ def group() -> None:
         pid, _ = os.wait()
         if pid in children:
             children.remove(pid)
+    # Our end is the end of all in this namespace, and clients outside hold leases on a daemon in here.
+    with suppress(ChildProcessError):
+        while True:
+            os.wait()
 
 
 def common(step: Callable[[random.Random], None]) -> None:
