@@ -293,6 +293,11 @@ class Storm:
         except LlmDaemonError as e:
             self.tally.failed.append(f"the last attach, after all had gone: {e!r} ({time.monotonic() - began:.1f} s)")
         left += self.calm()
+        # Whoever is just ending is no process any more and cannot be waited for yet.
+        end = time.monotonic() + 2
+        while census.zombies() and time.monotonic() < end:
+            self.reap(restart=False)
+            time.sleep(0.01)
         found = self.the_world.census()
         self.tally.read()
         return self.result(left, found)
