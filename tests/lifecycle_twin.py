@@ -179,7 +179,7 @@ class Daemon:
 
     def serve(self) -> None:
         leases = self.twin.leases_class.born(LINGER, self.twin.now)
-        self.machine = Machine(leases, ttl=1.0, leased_ttl=1.0, queue_limit=1)
+        self.machine = Machine(leases, ttl=1.0, leased_ttl=1.0, queue_limit=1, max_overtake=1.0)
         self.server = ControlServer(cast(Any, self))
 
     @property

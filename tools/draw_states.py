@@ -24,6 +24,7 @@ from typing import Any, get_args
 from llm_daemon import errors
 from llm_daemon.core import events as ev, rendezvous
 from llm_daemon.core.instance import State
+from llm_daemon.core.lanes import Stage
 from llm_daemon.core.leases import Leases
 from llm_daemon.core.machine import FAILED_SHOWN, Machine
 from llm_daemon.spec import Artifact, Spec, Wish
@@ -61,6 +62,7 @@ DIED = errors.EngineError("died", code="engine_died").to_wire()
 VALUES: dict[str, tuple[Any, ...]] = {
     "lease": ("a",), "request": (1,), "spec": (SPEC,), "keep_alive": (None,), "ticket": ("t", "u"), "info": ({},),
     "slots": (1,), "error": (None, DIED), "force": (False, True), "served": (False, True),
+    "lane": ("regular",), "supersede": (None,), "deadline": (None,),
 }  # fmt: skip
 OPTIONS = [name for name, values in VALUES.items() if values[1:] and not values[0]]
 INSTANCE = {state.value: state.value for state in State}
@@ -78,7 +80,9 @@ class World:
     """A machine with the shell it may believe in: no Up without a Start, no Left without a Joined."""
 
     machine: Machine = field(
-        default_factory=lambda: Machine(Leases.born(1.0, 0.0, grace=1.0), ttl=1.0, leased_ttl=2.0, queue_limit=1)
+        default_factory=lambda: Machine(
+            Leases.born(1.0, 0.0, grace=1.0), ttl=1.0, leased_ttl=2.0, queue_limit=1, max_overtake=1.0
+        )
     )
     now: float = 0.0
     leaving: bool = False  # it said Exit, and the shell looks at the door
@@ -92,8 +96,8 @@ class World:
         m = self.machine
         its = [
             (
-                it.state, bool(it.leases), bool(it.waiters), len(it.lane.waiting), len(it.lane.running),
-                min(it.failures, 2), when(it.retry_at), when(it.retry_at + FAILED_SHOWN), when(it.abandon_at),
+                it.state, bool(it.leases), bool(it.waiters), it.lanes.waiting, len(it.lanes.running),
+                it.lanes.aborting, min(it.failures, 2), when(it.retry_at), when(it.retry_at + FAILED_SHOWN), when(it.abandon_at),
                 when(m._closes_at(it)),
             )
             for it in m.instances.values()
@@ -130,8 +134,10 @@ class World:
                 return lease in m.leases.holders and not any(it.waiters for it in m.instances.values())
             case ev.Arrived(ticket):
                 return ticket == next((t for t in VALUES["ticket"] if t not in m.tickets), None)  # which one makes no difference
-            case ev.Ended(ticket):
-                return ticket in m.tickets
+            case ev.Ended(ticket) | ev.Cancel(ticket):
+                return ticket in m.tickets and getattr(event, "error", DIED) is not None
+            case ev.Aborting(ticket):
+                return ticket in m.tickets and m.tickets[ticket].stage is Stage.RUNNING
             case ev.Up():
                 return it is not None and it.state in (State.STARTING, State.STOPPING)  # also late, when the Halt is under way
             case ev.Down(_, error):

@@ -27,7 +27,8 @@ class Settings:
     `ttl`: how long an idle model stays when nobody leases it; `leased_ttl`: while somebody does.
     `linger`: how long the daemon outlives its last reason to live.  `port`: None means 28282 or the next free one;
     a number means that one or an error.  `auth`: `token` or `none`.  `queue_limit`: requests that may wait for one
-    model.  `context`, `parallel`: what a model is loaded with when nobody says.  `catalog`: user entries and
+    model in each lane.  `max_overtake`: how long newer requests may go before one that waits; 0 is strictly oldest first.
+    `context`, `parallel`: what a model is loaded with when nobody says.  `catalog`: user entries and
     aliases.  `engines`: a table for each engine (`path`, `args`, `env`, `adapter`).
     """
 
@@ -38,6 +39,7 @@ class Settings:
     host: str = "127.0.0.1"
     auth: str = "token"
     queue_limit: int = 1000
+    max_overtake: float = 10.0
     default_model: str = "smollm2-135m"
     default_engine: str | None = None
     context: int = 4096
@@ -134,6 +136,7 @@ _CHECKS: dict[str, tuple[Callable[[Any], Any], str]] = {
     "host": (_host, "a loopback address (other addresses need TLS and a key, which this version does not offer)"),
     "auth": (_auth, "'token' or 'none'"),
     "queue_limit": (_number(0, 1_000_000), "a whole number, 0 or more"),
+    "max_overtake": (_seconds, "seconds, 0 or more"),
     "default_model": (_text, "a model name"),
     "default_engine": (_text, "an engine name"),
     "context": (_number(1, 2**31 - 1), "tokens, 1 or more"),

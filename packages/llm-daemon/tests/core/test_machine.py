@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -13,7 +16,7 @@ from llm_daemon.core import events as ev
 from llm_daemon.core.events import Command
 from llm_daemon.core.instance import ABANDON_AFTER, ACCIDENTS, State
 from llm_daemon.core.leases import Leases
-from llm_daemon.core.machine import Machine
+from llm_daemon.core.machine import PACES, Machine
 from llm_daemon.spec import Artifact, Spec, Wish
 
 DIED = errors.EngineError("boom", code="engine_died").to_wire()
@@ -25,8 +28,10 @@ def spec(name: str = "m", **options: Any) -> Spec:
     return Spec(wish, Artifact("file", f"/{name}", f"key:{name}"), full)
 
 
-def machine(ttl: float = 120.0, leased_ttl: float = 1800.0, linger: float = 10.0, queue_limit: int = 10) -> Machine:
-    return Machine(Leases.born(linger, 0.0), ttl, leased_ttl, queue_limit)
+def machine(
+    ttl: float = 120.0, leased_ttl: float = 1800.0, linger: float = 10.0, queue_limit: int = 10, max_overtake: float = 10.0
+) -> Machine:
+    return Machine(Leases.born(linger, 0.0), ttl, leased_ttl, queue_limit, max_overtake)
 
 
 def running(m: Machine, lease: str = "a", now: float = 0.0, slots: int = 2) -> str:
@@ -97,7 +102,7 @@ def test_a_leased_idle_model_stays_for_leased_ttl_and_comes_back_on_request() ->
     m.handle(ev.Down("i1"), 51)
     assert m.wake_at is None  # the lease keeps the daemon
     assert m.handle(ev.Arrived("t", spec()), 60) == [ev.Start("i1", spec())]
-    assert m.handle(ev.Up("i1", 1), 61) == [ev.Run("t", "i1")]
+    assert m.handle(ev.Up("i1", 1), 61) == [ev.Run("t", "i1", loaded_for=1)]
 
 
 def test_keep_alive_of_a_client_goes_before_the_settings() -> None:
@@ -106,6 +111,9 @@ def test_keep_alive_of_a_client_goes_before_the_settings() -> None:
     m.handle(ev.Want("a", 1, spec(), keep_alive=7.0), 0)
     m.handle(ev.Up("i1", 1), 1)
     assert m.wake_at == 8
+    m.handle(ev.Arrived("t", spec(), keep_alive=30.0), 2)
+    m.handle(ev.Ended("t", served=True), 3)
+    assert m.wake_at == 33
 
 
 def test_requests_run_oldest_first_as_slots_allow_and_hold_the_model() -> None:
@@ -177,7 +185,7 @@ def test_a_crash_restarts_for_those_who_wait_and_leaves_running_tickets_to_the_r
     m.handle(ev.Arrived("t2", spec()), 1)
     assert m.handle(ev.Down("i1", DIED), 2) == [ev.Start("i1", spec())]
     assert m.handle(ev.Ended("t1"), 2) == []
-    assert m.handle(ev.Up("i1", 1), 3) == [ev.Run("t2", "i1")]
+    assert m.handle(ev.Up("i1", 1), 3) == [ev.Run("t2", "i1", loaded_for=1)]
 
 
 def test_a_start_that_nobody_waits_for_is_given_up_after_a_grace() -> None:
@@ -238,16 +246,287 @@ def test_a_retiring_daemon_stops_idle_models_at_once_and_leaves_without_linger()
     assert m.handle(ev.Down("i1"), 3) == [ev.Exit()]
 
 
+# Lanes ----------------------------------------------------------------------------------------------------------------
+SUPERSEDED, EXPIRED, CANCELLED = "superseded", "expired", errors.Unavailable("cancelled", code="cancelled").to_wire()
+
+
+def told(command: Command) -> tuple[type, str, str, int]:
+    """What a client hears: Refuse or Abort, its ticket, code and status of the error."""
+    assert isinstance(command, (ev.Refuse, ev.Abort))
+    return type(command), command.ticket, command.error["code"], command.error["status"]
+
+
+def test_the_newest_of_the_interactive_lane_goes_first_until_another_is_late() -> None:
+    m = machine(max_overtake=10)
+    running(m, slots=1)
+    m.handle(ev.Arrived("t", spec()), 0)
+    for now, (ticket, lane) in enumerate([("r", "regular"), ("a", "interactive"), ("b", "interactive")], start=1):
+        assert m.handle(ev.Arrived(ticket, spec(), lane), now) == []
+    assert [m.position(ticket, 4) for ticket in ("b", "a", "r", "t", "?")] == [0, 1, 2, None, None]
+    assert m.handle(ev.Ended("t"), 5) == [ev.Run("b", "i1")]
+    assert [m.position(ticket, 11) for ticket in ("r", "a")] == [0, 1]
+    assert m.handle(ev.Ended("b"), 11) == [ev.Run("r", "i1")]
+
+
+def test_a_full_interactive_lane_sheds_its_oldest_and_the_other_lane_has_its_own_bound() -> None:
+    m = machine(queue_limit=1)
+    running(m, slots=1)
+    m.handle(ev.Arrived("t", spec()), 1)
+    assert m.handle(ev.Arrived("r", spec()), 1) == []
+    assert m.handle(ev.Arrived("a", spec(), "interactive"), 2) == []
+    (shed,) = m.handle(ev.Arrived("b", spec(), "interactive"), 3)
+    assert told(shed) == (ev.Refuse, "a", "queue_full", 503)
+    assert shed.error["data"]["retry_after"] == 1  # type: ignore[union-attr]
+    assert set(m.tickets) == {"t", "r", "b"}
+
+
+def test_a_newer_ticket_of_the_same_key_ends_the_older_waiting_or_running() -> None:
+    m = machine()
+    running(m, slots=1)
+    m.handle(ev.Joined("b"), 0)
+    m.handle(ev.Want("b", 1, spec("n")), 0)
+    m.handle(ev.Up("i2", 1), 0)
+    assert m.handle(ev.Arrived("t1", spec(), supersede="k"), 1) == [ev.Run("t1", "i1")]
+    (abort,) = m.handle(ev.Arrived("t2", spec(), supersede="k"), 2)  # waits: the slot is not free yet
+    assert told(abort) == (ev.Abort, "t1", SUPERSEDED, 409)
+    refuse, run = m.handle(ev.Arrived("t3", spec("n"), supersede="k"), 3)  # of another model, all the same
+    assert told(refuse) == (ev.Refuse, "t2", SUPERSEDED, 409)
+    assert run == ev.Run("t3", "i2")
+    assert m.handle(ev.Arrived("t4", spec(), supersede="other"), 3) == []
+    assert m.handle(ev.Ended("t1"), 4) == [ev.Run("t4", "i1")]
+    m.handle(ev.Ended("t3"), 4)
+    assert m.handle(ev.Arrived("t5", spec("n"), supersede="k"), 5) == [ev.Run("t5", "i2")]
+    m.handle(ev.Ended("t4"), 5)
+    m.handle(ev.Ended("t5"), 5)
+    assert m.keys == {}
+
+
+def test_the_older_ends_even_if_the_newer_is_refused() -> None:
+    m = machine()
+    running(m, slots=1)
+    m.handle(ev.Arrived("t1", spec(), supersede="k"), 1)
+    abort, refuse = m.handle(ev.Arrived("t2", spec(), supersede="k", deadline=1.5), 2)
+    assert told(abort)[:3] == (ev.Abort, "t1", SUPERSEDED)
+    assert told(refuse)[:3] == (ev.Refuse, "t2", EXPIRED)
+
+
+def test_an_aborting_ticket_keeps_its_slot_and_its_model_and_is_aborted_once() -> None:
+    m = machine(ttl=5)
+    running(m, slots=1)
+    m.handle(ev.Left("a"), 0)
+    m.handle(ev.Arrived("t", spec(), supersede="k"), 1)
+    m.handle(ev.Arrived("u", spec()), 1)
+    assert m.handle(ev.Aborting("t"), 2) == []
+    assert m.handle(ev.Aborting("t"), 2) == []
+    assert m.handle(ev.Cancel("t", CANCELLED), 2) == []
+    assert m.handle(ev.Arrived("v", spec(), supersede="k"), 2) == []
+    assert m.instances["i1"].lanes.aborting == 1
+    assert m.handle(ev.StopModel("i1"), 3) == []
+    assert m.instances["i1"].state is State.DRAINING
+    assert m.wake_at is None
+    assert m.handle(ev.Ended("t"), 4) == [ev.Halt("i1", False)]
+
+
+def test_cancelling_by_id_refuses_who_waits_and_aborts_who_runs() -> None:
+    m = machine()
+    running(m, slots=1)
+    m.handle(ev.Arrived("t", spec()), 1)
+    m.handle(ev.Arrived("u", spec()), 1)
+    assert m.handle(ev.Cancel("u", CANCELLED), 2) == [ev.Refuse("u", CANCELLED)]
+    assert m.handle(ev.Cancel("t", CANCELLED), 2) == [ev.Abort("t", CANCELLED)]
+    assert m.handle(ev.Cancel("t", CANCELLED), 2) == []
+    assert m.handle(ev.Cancel("?", CANCELLED), 2) == []
+    m.handle(ev.Ended("t"), 3)
+    assert m.tickets == {}
+
+
+def test_a_client_that_is_gone_before_its_turn_leaves_no_ticket_behind() -> None:
+    m = machine()
+    m.handle(ev.Arrived("t", spec()), 1)
+    assert m.handle(ev.Aborting("t"), 2) == []
+    assert m.handle(ev.Ended("t"), 2) == []
+    assert m.wake_at == 2 + ABANDON_AFTER
+    assert m.tickets == {}
+
+
+def test_a_ticket_that_is_not_started_by_its_deadline_is_refused_then() -> None:
+    m = machine()
+    running(m, slots=1)
+    m.handle(ev.Arrived("t", spec()), 1)
+    m.handle(ev.Arrived("u", spec(), deadline=5), 1)
+    m.handle(ev.Arrived("v", spec(), deadline=4), 1)
+    assert m.wake_at == 4
+    assert m.handle(ev.Tick(), 3.9) == []
+    assert [told(c) for c in m.handle(ev.Tick(), 4)] == [(ev.Refuse, "v", EXPIRED, 504)]
+    assert m.wake_at == 5
+    assert [told(c) for c in m.handle(ev.Ended("t"), 6)] == [(ev.Refuse, "u", EXPIRED, 504)]  # before the timer
+    assert m.tickets == {}
+
+
+def test_a_ticket_that_ends_in_the_moment_of_its_deadline_ends_once() -> None:
+    m = machine()
+    running(m, slots=1)
+    m.handle(ev.Arrived("t", spec()), 1)
+    m.handle(ev.Arrived("u", spec(), deadline=5), 1)
+    assert m.handle(ev.Ended("u"), 6) == []
+    m.handle(ev.Arrived("v", spec(), deadline=8), 6)
+    assert m.handle(ev.Aborting("v"), 9) == []
+    assert set(m.tickets) == {"t"}
+
+
+def test_a_started_ticket_has_no_deadline() -> None:
+    m = machine()
+    running(m, slots=1)
+    assert m.handle(ev.Arrived("t", spec(), deadline=1), 1) == [ev.Run("t", "i1")]
+    assert m.handle(ev.Tick(), 2) == []
+    assert [told(c) for c in m.handle(ev.Arrived("u", spec(), deadline=1), 2)] == [(ev.Refuse, "u", EXPIRED, 504)]
+
+
+def test_a_deadline_that_cannot_be_met_is_refused_at_once_when_the_pace_is_known() -> None:
+    m = machine()
+    running(m, slots=1)
+    m.handle(ev.Arrived("t", spec()), 1)
+    assert m.handle(ev.Arrived("u", spec(), deadline=1.1), 1) == []  # nothing is known yet
+    m.handle(ev.Ended("u"), 1)
+    m.handle(ev.Ended("t", served=True), 5)
+    m.handle(ev.Arrived("t", spec()), 10)
+    m.handle(ev.Arrived("u", spec()), 10)
+    (refused,) = m.handle(ev.Arrived("v", spec(), deadline=16), 11)
+    assert told(refused) == (ev.Refuse, "v", EXPIRED, 504)
+    assert "would wait about 7.0 s" in refused.error["message"]  # type: ignore[union-attr]
+    assert m.handle(ev.Arrived("w", spec(), "interactive", deadline=16), 11) == []  # goes before `u`
+    assert m.handle(ev.Arrived("x", spec(), deadline=23), 11) == []
+    assert set(m.tickets) == {"t", "u", "w", "x"}
+
+
+def loaded_once(m: Machine, seconds: float) -> None:
+    """A model that took so long to load, and is gone."""
+    m.handle(ev.Arrived("once", spec()), 0)
+    m.handle(ev.Up("i1", 1), seconds)
+    m.handle(ev.StopModel("i1", force=True), seconds)
+    m.handle(ev.Ended("once"), seconds)
+    m.handle(ev.Down("i1"), seconds)
+    assert m.instances == {}
+
+
+def test_the_time_a_load_takes_counts() -> None:
+    m = machine()
+    loaded_once(m, 20)
+    (refused,) = m.handle(ev.Arrived("t", spec(), deadline=115), 100)
+    assert told(refused) == (ev.Refuse, "t", EXPIRED, 504)
+    assert m.instances == {}
+    (start,) = m.handle(ev.Arrived("t", spec(), deadline=125), 100)
+    assert isinstance(start, ev.Start)
+    (refused,) = m.handle(ev.Arrived("u", spec(), deadline=112), 102)
+    assert "would wait about 16.0 s" in refused.error["message"]  # type: ignore[union-attr]  # 18, once doubted, less 2
+    assert m.handle(ev.Arrived("v", spec(), deadline=117), 110) == []
+
+
+def test_a_load_time_that_only_refuses_is_tried_again_some_day() -> None:
+    m = machine()
+    loaded_once(m, 20)
+    refused = 0
+    while not isinstance(m.handle(ev.Arrived("t", spec(), deadline=110), 100)[0], ev.Start):
+        refused += 1
+    assert 3 < refused < 10
+
+
+def test_a_download_is_no_load_time() -> None:
+    m = machine()
+    m.handle(ev.Arrived("t", spec()), 0)
+    m.handle(ev.Progressed("i1", {"phase": "download"}), 1)
+    m.handle(ev.Up("i1", 1), 600)
+    assert m.instances["i1"].pace.load is None
+
+
+def test_what_a_ticket_waited_for_the_model_is_told_apart_from_the_queue() -> None:
+    m = machine()
+    m.handle(ev.Arrived("t1", spec()), 0)
+    m.handle(ev.Arrived("t2", spec()), 1)
+    assert m.handle(ev.Up("i1", 1), 3) == [ev.Run("t1", "i1", loaded_for=3)]
+    m.handle(ev.Arrived("t3", spec()), 4)
+    assert m.handle(ev.Ended("t1"), 5) == [ev.Run("t2", "i1", loaded_for=2)]
+    m.handle(ev.Down("i1", DIED), 6)
+    m.handle(ev.Ended("t2"), 6)
+    m.handle(ev.Up("i1", 1), 9)
+    m.handle(ev.Arrived("t4", spec()), 9)
+    assert m.handle(ev.Ended("t3"), 10) == [ev.Run("t4", "i1")]
+
+
+def test_paces_of_models_nobody_uses_are_forgotten_in_the_end() -> None:
+    m = machine()
+    for i in range(3 * PACES):
+        m.handle(ev.Arrived(f"t{i}", spec(f"m{i}"), deadline=0), 1)
+    assert len(m.paces) == PACES
+
+
+def lines_run(act: Callable[[], object]) -> int:
+    """How many lines of Python `act` takes: a measure of work that no busy machine disturbs."""
+    count, before = 0, sys.gettrace()
+
+    def trace(frame: object, event: str, arg: object) -> Any:
+        nonlocal count
+        count += event == "line"
+        return trace
+
+    sys.settrace(trace)
+    try:
+        act()
+    finally:
+        sys.settrace(before)
+    return count
+
+
+def test_no_event_looks_at_everybody_who_waits() -> None:
+    def work(waiting: int) -> int:
+        m = machine(queue_limit=10_000)
+        running(m, slots=1)
+        for i in range(2 * waiting):
+            lane = ("regular", "interactive")[i % 2]
+            m.handle(ev.Arrived(f"t{i}", spec(), lane, f"k{i}", deadline=1e6 + i), i / waiting)
+        m.handle(ev.Ended("t0"), 50)  # everybody comes of age here, once for all
+
+        def events() -> None:
+            for i in range(20):
+                m.handle(ev.Arrived(f"u{i}", spec(), "interactive", f"k{3 + i}", deadline=1e6), 50 + i)
+                m.handle(ev.Cancel(f"t{waiting + i}", CANCELLED), 50 + i)
+                m.handle(ev.Ended(next(iter(m.instances["i1"].lanes.running)), served=True), 50 + i)
+                m.handle(ev.Tick(), 50 + i)
+                assert m.wake_at is not None
+
+        return lines_run(events)
+
+    assert work(2000) < 1.5 * work(50)
+
+
+@dataclass
+class Facts:
+    """What the model of the queues knows of a ticket."""
+
+    arrived: float
+    lane: str
+    key: str | None
+    deadline: float | None
+    instance: str = ""
+    loaded_for: float = 0.0
+
+
 class Storm(RuleBasedStateMachine):
-    """Any order of events; the shell is played faithfully: a Start is answered by Up or Down, a Halt by Down."""
+    """Any order of events; the shell is played faithfully: a Start is answered by Up or Down, a Halt by Down.
+
+    Who runs next, and who is shed, is decided once more by looking at everybody each time.
+    """
 
     def __init__(self) -> None:
         super().__init__()
-        self.m = machine(ttl=3, leased_ttl=8, linger=2, queue_limit=2)
+        self.m = machine(ttl=3, leased_ttl=8, linger=2, queue_limit=2, max_overtake=3)
         self.now = 0.0
         self.leases: set[str] = set()
         self.waiting: set[tuple[str, int]] = set()
-        self.open: dict[str, str] = {}  # ticket -> waiting | running
+        self.open: dict[str, str] = {}  # ticket -> waiting | running | aborting
+        self.facts: dict[str, Facts] = {}  # of every ticket there ever was
+        self.arriving = ""
+        self.slots: dict[str, int] = {}
         self.processes: dict[str, str] = {}  # instance -> starting | ready | stopping
         self.exited = False
         self.count = 0
@@ -262,12 +541,13 @@ class Storm(RuleBasedStateMachine):
                 case ev.Halt(instance, _):
                     assert instance in self.processes
                     self.processes[instance] = "stopping"
-                case ev.Run(ticket, instance):
-                    assert self.open[ticket] == "waiting"
-                    assert self.processes[instance] == "ready"
-                    self.open[ticket] = "running"
-                case ev.Refuse(ticket, _):
-                    assert self.open.pop(ticket) == "waiting"
+                case ev.Run():
+                    self.runs(command)
+                case ev.Refuse(ticket, error):
+                    self.refused(ticket, error["code"])
+                case ev.Abort(ticket, _):
+                    assert self.open[ticket] == "running"
+                    self.open[ticket] = "aborting"
                 case ev.TellReady(lease, request, instance):
                     self.waiting.remove((lease, request))
                     assert self.processes[instance] == "ready"
@@ -281,9 +561,39 @@ class Storm(RuleBasedStateMachine):
                     assert not self.open
                     self.exited = True
 
+    def waiting_for(self, instance: str) -> list[str]:
+        """Oldest first."""
+        return [t for t, stage in self.open.items() if stage == "waiting" and self.facts[t].instance == instance]
+
+    def runs(self, run: ev.Run) -> None:
+        line, facts = self.waiting_for(run.instance), self.facts[run.ticket]
+        late = [t for t in line if self.now - self.facts[t].arrived >= self.m.max_overtake]
+        newest = [t for t in reversed(line) if self.facts[t].lane == "interactive"]
+        assert run.ticket == [*late, *newest, *line][0]
+        assert self.processes[run.instance] == "ready"
+        assert facts.deadline is None or self.now <= facts.deadline
+        assert run.loaded_for == pytest.approx(facts.loaded_for, abs=1e-6)
+        self.open[run.ticket] = "running"
+        taken = [t for t, stage in self.open.items() if stage != "waiting" and self.facts[t].instance == run.instance]
+        assert len(taken) <= self.slots[run.instance]
+
+    def refused(self, ticket: str, code: str) -> None:
+        facts = self.facts[ticket]
+        if code == "queue_full":
+            lane = [t for t in self.waiting_for(facts.instance) if self.facts[t].lane == facts.lane]
+            assert len(lane) > self.m.queue_limit
+            assert ticket == lane[0 if facts.lane == "interactive" else -1]
+        elif code == "expired":
+            assert facts.deadline is not None
+            assert facts.deadline <= self.now or ticket == self.arriving
+        assert self.open.pop(ticket) == "waiting"
+
     @rule(step=st.one_of(st.floats(0, 4), st.just(40_000.0)))  # the last as after a night asleep
     def time_passes(self, step: float) -> None:
         self.now += step
+        for ticket, stage in self.open.items():
+            if stage == "waiting" and self.m.instances[self.facts[ticket].instance].state is not State.READY:
+                self.facts[ticket].loaded_for += step
         if self.m.wake_at is not None and self.m.wake_at <= self.now:
             self.send(ev.Tick())
 
@@ -322,18 +632,46 @@ class Storm(RuleBasedStateMachine):
         self.waiting.add((lease, self.count))
         self.send(ev.Want(lease, self.count, spec(name, context=context), keep_alive))
 
-    @rule(name=st.sampled_from("mn"))
-    def arrive(self, name: str) -> None:
+    @rule(
+        name=st.sampled_from("mn"),
+        lane=st.sampled_from(["interactive", "regular"]),
+        key=st.sampled_from([None, None, "k", "l"]),
+        patience=st.sampled_from([None, None, -1.0, 0.0, 2.0, 5.0]),
+        keep_alive=st.sampled_from([None, None, 0.0, 6.0]),
+    )
+    def arrive(self, name: str, lane: str, key: str | None, patience: float | None, keep_alive: float | None) -> None:
         self.count += 1
-        self.open[f"t{self.count}"] = "waiting"
-        self.send(ev.Arrived(f"t{self.count}", spec(name)))
+        ticket, deadline = f"t{self.count}", None if patience is None else self.now + patience
+        self.open[ticket] = "waiting"
+        facts = self.facts[ticket] = Facts(self.now, lane, key, deadline)
+        arrived = ev.Arrived(ticket, spec(name), lane, key, deadline, keep_alive)
+        facts.instance = self.m._place(arrived.spec, self.now).id  # which one it is, is no matter of lanes
+        self.arriving = ticket
+        self.send(arrived)
+        self.arriving = ""
+
+    @precondition(lambda self: self.open)
+    @rule(data=st.data(), served=st.booleans())
+    def end_ticket(self, data: st.DataObject, served: bool) -> None:
+        ticket = data.draw(st.sampled_from(sorted(self.open)))
+        ran = self.open.pop(ticket) == "running"
+        self.send(ev.Ended(ticket, served and ran))
 
     @precondition(lambda self: self.open)
     @rule(data=st.data())
-    def end_ticket(self, data: st.DataObject) -> None:
+    def hang_up(self, data: st.DataObject) -> None:
+        """As the gateway does it: who waits has ended at once, who runs when the engine has let go (`end_ticket`)."""
         ticket = data.draw(st.sampled_from(sorted(self.open)))
-        del self.open[ticket]
-        self.send(ev.Ended(ticket))
+        if self.open[ticket] == "waiting":
+            del self.open[ticket]
+            self.send(ev.Ended(ticket))
+        else:
+            self.open[ticket] = "aborting"
+            self.send(ev.Aborting(ticket))
+
+    @rule(data=st.data())
+    def cancel(self, data: st.DataObject) -> None:
+        self.send(ev.Cancel(data.draw(st.sampled_from([*sorted(self.open), "?"])), CANCELLED))
 
     @precondition(lambda self: self.processes)
     @rule(data=st.data(), slots=st.integers(1, 3), good=st.booleans())
@@ -342,6 +680,7 @@ class Storm(RuleBasedStateMachine):
         state = self.processes[instance]
         if state == "starting" and good:
             self.processes[instance] = "ready"
+            self.slots[instance] = slots
             self.send(ev.Up(instance, slots))
         else:
             del self.processes[instance]
@@ -365,14 +704,42 @@ class Storm(RuleBasedStateMachine):
 
     @invariant()
     def every_ticket_is_in_one_place(self) -> None:
-        places = [t for it in self.m.instances.values() for t in (*it.lane.waiting, *it.lane.running)]
-        assert len(places) == len(set(places))
-        assert set(places) == set(self.open) == set(self.m.tickets)
+        for it in self.m.instances.values():
+            assert sorted(it.lanes.line(self.now)) == sorted(self.waiting_for(it.id))
+        assert self.open == {name: ticket.stage for name, ticket in self.m.tickets.items()}
+        placed = {t: it.id for it in self.m.instances.values() for t in (*it.lanes.line(self.now), *it.lanes.running)}
+        assert placed == {t: self.facts[t].instance for t in self.open}
+
+    @invariant()
+    def lanes_keep_their_bound(self) -> None:
+        for it in self.m.instances.values():
+            assert max(len(it.lanes.interactive), len(it.lanes.regular)) <= self.m.queue_limit
+
+    @invariant()
+    def no_slot_is_free_while_somebody_waits(self) -> None:
+        for it in self.m.instances.values():
+            assert it.state is not State.READY or not it.lanes.waiting or len(it.lanes.running) >= self.slots[it.id]
+
+    @invariant()
+    def one_ticket_of_a_key_is_alive(self) -> None:
+        alive = {t: key for t, stage in self.open.items() if stage != "aborting" and (key := self.facts[t].key)}
+        assert len(alive) == len(set(alive.values()))
+        assert {key: ticket.id for key, ticket in self.m.keys.items() if ticket.stage != "aborting"} == {
+            key: t for t, key in alive.items()
+        }
+        assert all(ticket.id in self.open for ticket in self.m.keys.values())
+
+    @invariant()
+    def nobody_waits_beyond_a_deadline(self) -> None:
+        deadlines = {t: d for t, stage in self.open.items() if stage == "waiting" and (d := self.facts[t].deadline) is not None}
+        assert self.m.deadlines.moments == deadlines
+        assert all(deadline >= self.now for deadline in deadlines.values())
+        assert not deadlines or (self.m.wake_at is not None and self.m.wake_at <= min(deadlines.values()))
 
     @invariant()
     def nobody_waits_for_nothing(self) -> None:
         for it in self.m.instances.values():
-            if it.waiters or it.lane.waiting:
+            if it.waiters or it.lanes.waiting:
                 assert it.id in self.processes, f"somebody waits for {it.state}"
 
     @invariant()

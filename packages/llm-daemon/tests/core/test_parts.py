@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, strategies as st
 
 from llm_daemon import errors
-from llm_daemon.config import Settings
+from llm_daemon.config import Settings, effective
 from llm_daemon.core import control
 from llm_daemon.spec import Wish
 
@@ -89,6 +89,11 @@ def test_settings_come_from_file_then_environment_then_flags_and_say_so(tmp_path
     assert Settings.load({}, str(tmp_path / "none"), {"port": 99, "ttl": None}).port == 99
 
 
+def test_how_long_newcomers_may_go_first_is_a_setting(tmp_path: Path) -> None:
+    assert effective(load(tmp_path, ""))["max_overtake"] == {"value": 10.0, "from": "default"}
+    assert load(tmp_path, "", LLM_DAEMON_MAX_OVERTAKE="2.5").max_overtake == 2.5
+
+
 @pytest.mark.parametrize(
     ("text", "line", "word"),
     [
@@ -96,6 +101,7 @@ def test_settings_come_from_file_then_environment_then_flags_and_say_so(tmp_path
         ("ttl = 'soon'\n", 1, "seconds"),
         ("# c\n\nport = 70000\n", 3, "65535"),
         ("port = true\n", 1, "65535"),
+        ("max_overtake = -1\n", 1, "seconds"),
         ("host = '0.0.0.0'\n", 1, "loopback"),
         ("auth = 'off'\n", 1, "'none'"),
         ("[engines.llama-server]\npath = '/x'\npth = '/y'\n", 3, "'path'"),

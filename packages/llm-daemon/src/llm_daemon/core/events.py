@@ -41,14 +41,35 @@ class Want(Fact, frozen=True):
 
 
 class Arrived(Fact, frozen=True):
-    """A request came in through the gateway."""
+    """A request came in through the gateway.
+
+    `lane`: `interactive` or `regular`.  `supersede`: ends the ticket that came before with the same key, for whatever model.
+    `deadline`: monotonic seconds, start it by then or not at all.  `keep_alive`: seconds idle, for this model.
+    """
 
     ticket: str
     spec: Spec
+    lane: str = "regular"
+    supersede: str | None = None
+    deadline: float | None = None
+    keep_alive: float | None = None
+
+
+class Aborting(Fact, frozen=True):
+    """The client of a running ticket is gone, its engine is being told; Ended must follow when that has let go."""
+
+    ticket: str
+
+
+class Cancel(Fact, frozen=True):
+    """By hand: end the ticket; its client hears `error`."""
+
+    ticket: str
+    error: Wire
 
 
 class Ended(Fact, frozen=True):
-    """A ticket is over: served in full, failed upstream, or its client is gone."""
+    """A ticket is over: served in full, failed upstream, let go by its engine, or its client left the queue."""
 
     ticket: str
     served: bool = False
@@ -92,7 +113,9 @@ class ExitVetoed(Fact, frozen=True):
     """The shell could not leave: somebody stood at the door in that moment."""
 
 
-Event = Joined | Left | Want | Arrived | Ended | Progressed | Up | Down | StopModel | Retire | Tick | ExitVetoed
+Event = (
+    Joined | Left | Want | Arrived | Aborting | Cancel | Ended | Progressed | Up | Down | StopModel | Retire | Tick | ExitVetoed
+)
 
 
 # Commands -----------------------------------------------------------------------------------------------------
@@ -129,13 +152,26 @@ class TellProgress(Fact, frozen=True):
 
 
 class Run(Fact, frozen=True):
-    """The slot is the ticket's: relay it to the instance's engine."""
+    """The slot is the ticket's: relay it to the instance's engine.
+
+    `loaded_for`: of the seconds it has waited, those in which the instance was not ready.
+    """
 
     ticket: str
     instance: str
+    loaded_for: float = 0.0
 
 
 class Refuse(Fact, frozen=True):
+    """The end of a ticket that waits: its client hears `error`."""
+
+    ticket: str
+    error: Wire
+
+
+class Abort(Fact, frozen=True):
+    """End a running ticket: its client hears `error`, its engine is told; Ended must follow when that has let go."""
+
     ticket: str
     error: Wire
 
@@ -144,4 +180,4 @@ class Exit(Fact, frozen=True):
     """Leave, unless somebody stands at the door; then answer ExitVetoed."""
 
 
-Command = Start | Halt | TellReady | TellError | TellProgress | Run | Refuse | Exit
+Command = Start | Halt | TellReady | TellError | TellProgress | Run | Refuse | Abort | Exit

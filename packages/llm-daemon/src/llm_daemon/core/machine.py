@@ -13,30 +13,41 @@ from ..spec import Spec
 from . import events as ev
 from .events import Command, Event, Wire
 from .instance import ABANDON_AFTER, ACCIDENTS, Instance, State
-from .lanes import Lane
+from .lanes import Deadlines, Lanes, Stage, Ticket
 from .leases import VETO_PAUSE, Leases
+from .pace import Pace
 
 FAILED_SHOWN = 600.0  # seconds a failed instance stays in view after it may be tried again
+PACES = 64  # specs whose pace is remembered when nobody uses them
 
 
 @dataclass(slots=True)
 class Machine:
     """State of the daemon.  The shell may read `instances` to show them; only `handle` changes anything.
 
-    `ttl` and `leased_ttl` are seconds an idle model stays, `queue_limit` the requests that may wait for one.
+    `ttl` and `leased_ttl` are seconds an idle model stays, `queue_limit` the requests that may wait for one in each of
+    its lanes, `max_overtake` the seconds for which newcomers may go before one that waits.
     """
 
     leases: Leases
     ttl: float
     leased_ttl: float
     queue_limit: int
+    max_overtake: float
     instances: dict[str, Instance] = field(default_factory=dict)
-    tickets: dict[str, str] = field(default_factory=dict)  # ticket -> instance
+    tickets: dict[str, Ticket] = field(default_factory=dict)
+    keys: dict[str, Ticket] = field(default_factory=dict)  # of those that supersede: the newest ticket with each
+    deadlines: Deadlines = field(default_factory=Deadlines)  # of those that wait
+    paces: dict[Spec, Pace] = field(default_factory=dict)  # the last used last
     born: int = 0
 
     def handle(self, event: Event, now: float) -> list[Command]:
         """Takes one event at monotonic time `now` (seconds); returns commands to be carried out in order."""
         out: list[Command] = []
+        if isinstance(event, (ev.Ended, ev.Aborting)):
+            self.deadlines.discard(event.ticket)  # over already: nobody is there to hear of a deadline
+        for expired in self.deadlines.due(now):  # first, so that nobody is started too late
+            self._cut_short(self.tickets[expired], _expired("was not started by its deadline"), now, out)
         match event:
             case ev.Joined(lease):
                 self.leases.holders.add(lease)
@@ -44,12 +55,18 @@ class Machine:
                 self._left(lease, now)
             case ev.Want():
                 self._want(event, now, out)
-            case ev.Arrived(ticket, spec):
-                self._arrived(ticket, spec, now, out)
+            case ev.Arrived():
+                self._arrived(event, now, out)
+            case ev.Aborting(ticket):
+                self._aborting(ticket, now, out)
+            case ev.Cancel(ticket, error):
+                if ticket in self.tickets:
+                    self._cut_short(self.tickets[ticket], error, now, out)
             case ev.Ended(ticket, served):
                 self._ended(ticket, served, now, out)
             case ev.Progressed(instance, info):
                 if it := self.instances.get(instance):
+                    it.has_fetched |= info.get("phase") == "download"
                     out += [ev.TellProgress(lease, request, info) for lease, request in it.waiters]
             case ev.Up(instance, slots):
                 self._up(self.instances[instance], slots, now, out)
@@ -57,7 +74,7 @@ class Machine:
                 self._down(self.instances[instance], error, now, out)
             case ev.StopModel(instance, force):
                 if it := self.instances.get(instance):
-                    self._stop(it, force, out)
+                    self._stop(it, force, now, out)
             case ev.Retire():
                 self.leases.retiring = True
                 self._tick(now, out)
@@ -82,6 +99,8 @@ class Machine:
     def _deadlines(self) -> Iterator[float]:
         if self.leases.exit_at is not None:
             yield self.leases.exit_at
+        if (first := self.deadlines.first) is not None:
+            yield first
         for it in self.instances.values():
             if (due := self._closes_at(it)) is not None:
                 yield due
@@ -110,51 +129,112 @@ class Machine:
             return
         it.waiters.append((event.lease, event.request))
         if not it.has_process:  # an explicit wish starts again at once, whatever failed before
-            self._start(it, out)
+            self._start(it, now, out)
 
     # Tickets --------------------------------------------------------------------------------------------------
-    def _arrived(self, ticket: str, spec: Spec, now: float, out: list[Command]) -> None:
+    def _arrived(self, event: ev.Arrived, now: float, out: list[Command]) -> None:
+        if event.supersede in self.keys:  # whatever becomes of the newer one: nobody wants the older any more
+            newer = errors.UsageError("a newer request took its place", code="superseded", status=409)
+            self._cut_short(self.keys[event.supersede], newer.to_wire(), now, out)
         if self.leases.retiring and not self.leases.holders:
             leaving = errors.Unavailable("the daemon is leaving", code="draining", hint="ask again", retry_after=1)
-            out.append(ev.Refuse(ticket, leaving.to_wire()))
+            out.append(ev.Refuse(event.ticket, leaving.to_wire()))
             return
-        it = self._place(spec, now)
+        it = self._place(event.spec, now)
         if it.state is State.FAILED and now < it.retry_at:
-            out.append(ev.Refuse(ticket, _later(it, now)))
+            out.append(ev.Refuse(event.ticket, _later(it, now)))
             return
-        self.tickets[ticket] = it.id
+        if event.deadline is not None and now + (wait := it.wait(event.lane, now)) > event.deadline:
+            if it.load_left(now):
+                it.pace.doubt_load()
+            what = f"would wait about {wait:.1f} s, longer than its deadline allows" if wait else "came after its deadline"
+            out.append(ev.Refuse(event.ticket, _expired(what)))
+            return
+        if event.keep_alive is not None:
+            it.keep_alive = event.keep_alive
         it.abandon_at = None
-        self._shed(it, it.lane.submit(ticket), out)
+        self._queue(event, it, now)
         if it.state is State.READY:
-            self._admit(it, out)
+            self._admit(it, now, out)
         elif not it.has_process:
-            self._start(it, out)
+            self._start(it, now, out)
+        self._shed(it, out)
 
-    def _shed(self, it: Instance, tickets: list[str], out: list[Command]) -> None:
-        for ticket in tickets:
-            del self.tickets[ticket]
+    def _queue(self, event: ev.Arrived, it: Instance, now: float) -> None:
+        ticket = Ticket(event.ticket, it.id, event.lane, now, it.unready(now), event.supersede)
+        self.tickets[ticket.id] = ticket
+        it.lanes.submit(ticket)
+        if ticket.key is not None:
+            self.keys[ticket.key] = ticket
+        if event.deadline is not None:
+            self.deadlines.add(ticket.id, event.deadline)
+
+    def _admit(self, it: Instance, now: float, out: list[Command]) -> None:
+        for ticket in it.lanes.admit(now):
+            self.deadlines.discard(ticket.id)
+            out.append(ev.Run(ticket.id, it.id, max(0.0, it.unready(now) - ticket.unready)))
+
+    def _shed(self, it: Instance, out: list[Command]) -> None:
+        for ticket in it.lanes.shed():
+            self._let_go(ticket)
             full = errors.Unavailable(
-                f"{len(it.lane.waiting)} requests already wait for {it.spec.model}",
+                f"{self.queue_limit} requests of its lane already wait for {it.spec.model}",
                 code="queue_full", hint="try again later, or raise queue_limit", retry_after=1,
             )  # fmt: skip
-            out.append(ev.Refuse(ticket, full.to_wire()))
+            out.append(ev.Refuse(ticket.id, full.to_wire()))
 
-    def _ended(self, ticket: str, served: bool, now: float, out: list[Command]) -> None:
-        it = self.instances.get(self.tickets.pop(ticket, ""))
-        if it is None:  # a client's hang-up and an engine's end may both report the same ticket
+    def _cut_short(self, ticket: Ticket, error: Wire, now: float, out: list[Command]) -> None:
+        """Ends the ticket before its time: at once if it waits, else by way of its engine; one that is aborting is ending."""
+        it = self.instances[ticket.instance]
+        if ticket.stage is Stage.WAITING:
+            it.lanes.discard(ticket)
+            self._let_go(ticket)
+            out.append(ev.Refuse(ticket.id, error))
+            self._check_abandoned(it, now)
+        elif ticket.stage is Stage.RUNNING:
+            ticket.stage = Stage.ABORTING
+            out.append(ev.Abort(ticket.id, error))
+
+    def _aborting(self, name: str, now: float, out: list[Command]) -> None:
+        ticket = self.tickets.get(name)
+        if ticket is not None and ticket.stage is Stage.WAITING:
+            self._ended(name, False, now, out)  # its client has gone: there is no engine that has to let go of it
+        elif ticket is not None:
+            ticket.stage = Stage.ABORTING
+
+    def _ended(self, name: str, served: bool, now: float, out: list[Command]) -> None:
+        ticket = self.tickets.get(name)
+        if ticket is None:  # a client's hang-up and an engine's end may both report the same ticket
             return
-        it.lane.discard(ticket)
+        it = self.instances[ticket.instance]
+        it.lanes.discard(ticket)
+        self._let_go(ticket)
         it.last_use = now
         if served:
             it.failures = 0  # not when it came up: one that falls with each first request has a backoff too
+            it.pace.note_service(now - ticket.ran_at)
         if it.state is State.READY:
-            self._admit(it, out)
-        elif it.state is State.DRAINING and not it.lane.running:
-            self._halt(it, False, out)
+            self._admit(it, now, out)
+        elif it.state is State.DRAINING and not it.lanes.running:
+            self._halt(it, False, now, out)
         self._check_abandoned(it, now)
 
-    def _admit(self, it: Instance, out: list[Command]) -> None:
-        out += [ev.Run(ticket, it.id) for ticket in it.lane.admit()]
+    def _let_go(self, ticket: Ticket) -> None:
+        """Forgets a ticket that is in no lane any more."""
+        del self.tickets[ticket.id]
+        self.deadlines.discard(ticket.id)
+        if ticket.key is not None and self.keys.get(ticket.key) is ticket:
+            del self.keys[ticket.key]
+
+    def position(self, ticket: str, now: float) -> int | None:
+        """How many run before this one, if slots became free now and nobody else came; None if it does not wait.
+
+        Looks at everybody who waits: for a person who asks, not for every event.
+        """
+        it = self.tickets.get(ticket)
+        if it is None or it.stage is not Stage.WAITING:
+            return None
+        return self.instances[it.instance].lanes.line(now).index(ticket)
 
     # Instances ------------------------------------------------------------------------------------------------
     def _place(self, spec: Spec, now: float) -> Instance:
@@ -168,54 +248,65 @@ class Machine:
         if fits:
             return min(fits, key=lambda it: order.index(it.state))
         self.born += 1
-        it = Instance(f"i{self.born}", spec, Lane(self.queue_limit), now)
+        lanes = Lanes(self.queue_limit, self.max_overtake)
+        it = Instance(f"i{self.born}", spec, lanes, self._pace(spec), now, changed_at=now)
         self.instances[it.id] = it
         return it
 
-    def _start(self, it: Instance, out: list[Command]) -> None:
-        it.state = State.STARTING
+    def _pace(self, spec: Spec) -> Pace:
+        """What earlier instances of this spec have taught us."""
+        pace = self.paces[spec] = self.paces.pop(spec) if spec in self.paces else Pace()
+        if len(self.paces) > PACES:
+            del self.paces[next(iter(self.paces))]
+        return pace
+
+    def _start(self, it: Instance, now: float, out: list[Command]) -> None:
+        it.enter(State.STARTING, now)
+        it.has_fetched = False
         it.error = None
         it.starts += 1
         out.append(ev.Start(it.id, it.spec))
 
-    def _halt(self, it: Instance, force: bool, out: list[Command]) -> None:
-        it.state = State.STOPPING
+    def _halt(self, it: Instance, force: bool, now: float, out: list[Command]) -> None:
+        it.enter(State.STOPPING, now)
         it.abandon_at = None
-        it.lane.slots = 0
+        it.lanes.slots = 0
         out.append(ev.Halt(it.id, force))
 
-    def _stop(self, it: Instance, force: bool, out: list[Command]) -> None:
-        if it.state in (State.READY, State.DRAINING) and it.lane.running and not force:
-            it.state = State.DRAINING
+    def _stop(self, it: Instance, force: bool, now: float, out: list[Command]) -> None:
+        if it.state in (State.READY, State.DRAINING) and it.lanes.running and not force:
+            it.enter(State.DRAINING, now)
             return
         if it.state in (State.STARTING, State.READY, State.DRAINING) or (force and it.state is State.STOPPING):
             stopped = errors.Unavailable(f"{it.spec.model} was stopped by hand", code="stopped", hint="ask again to load it")
             self._turn_away(it, stopped.to_wire(), out)
-            self._halt(it, force, out)
+            self._halt(it, force, now, out)
         elif it.state is State.FAILED:
-            it.state = State.ABSENT
+            it.enter(State.ABSENT, now)
 
     def _turn_away(self, it: Instance, error: Wire, out: list[Command]) -> None:
         """Everybody who waits hears `error`; running tickets end with their engine."""
         out += [ev.TellError(lease, request, error) for lease, request in it.waiters]
         it.waiters = []
-        for ticket in it.lane.clear_waiting():
-            del self.tickets[ticket]
-            out.append(ev.Refuse(ticket, error))
+        for ticket in it.lanes.clear_waiting():
+            self._let_go(ticket)
+            out.append(ev.Refuse(ticket.id, error))
 
     def _up(self, it: Instance, slots: int, now: float, out: list[Command]) -> None:
         if it.state is not State.STARTING:  # stopped while it was getting ready: the Halt is under way
             return
-        it.state = State.READY
+        if not it.has_fetched:  # a download says nothing about the next start
+            it.pace.note_load(now - it.changed_at)
+        it.enter(State.READY, now)
         it.abandon_at = None  # loaded for nothing, but loaded: ttl decides now
         it.last_use = now
-        it.lane.slots = slots
+        it.lanes.slots = it.pace.slots = slots
         out += [ev.TellReady(lease, request, it.id) for lease, request in it.waiters]
         it.waiters = []
-        self._admit(it, out)
+        self._admit(it, now, out)
 
     def _down(self, it: Instance, error: Wire | None, now: float, out: list[Command]) -> None:
-        before, it.abandon_at, it.lane.slots = it.state, None, 0
+        before, it.abandon_at, it.lanes.slots = it.state, None, 0
         if before is State.STARTING and error is not None:
             it.note_failure(error, now)
             self._turn_away(it, error, out)
@@ -223,14 +314,14 @@ class Machine:
             it.note_failure(error, now)
             if it.failures <= ACCIDENTS:
                 it.retry_at = now  # it did come up: the next request may try at once
-            if it.lane.waiting and it.failures <= ACCIDENTS:
-                self._start(it, out)
+            if it.lanes.waiting and it.failures <= ACCIDENTS:
+                self._start(it, now, out)
             else:
                 self._turn_away(it, error, out)
         else:
-            it.state = State.ABSENT
-            if it.waiters or it.lane.waiting:  # somebody came while it was stopping
-                self._start(it, out)
+            it.enter(State.ABSENT, now)
+            if it.waiters or it.lanes.waiting:  # somebody came while it was stopping
+                self._start(it, now, out)
 
     def _check_abandoned(self, it: Instance, now: float) -> None:
         if it.state is State.STARTING and not it.is_wanted and it.abandon_at is None:
@@ -252,7 +343,7 @@ class Machine:
         for it in list(self.instances.values()):
             due = self._closes_at(it)
             if (due is not None and now >= due) or (it.abandon_at is not None and now >= it.abandon_at):
-                self._halt(it, False, out)
+                self._halt(it, False, now, out)
 
 
 def _later(it: Instance, now: float) -> Wire:
@@ -262,3 +353,8 @@ def _later(it: Instance, now: float) -> Wire:
     if error.status >= 500:  # worth another try; what was the caller's move stays so
         error.status, error.hint = 503, f"a request starts it again in {wait} s at the earliest, `llm-daemon load` at once"
     return error.to_wire()
+
+
+def _expired(what: str) -> Wire:
+    expired = errors.Unavailable(f"the request {what}", code="expired", status=504, hint="allow it more time, or ask again later")
+    return expired.to_wire()

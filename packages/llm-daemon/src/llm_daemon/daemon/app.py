@@ -62,6 +62,7 @@ class Daemon:
             self.settings.ttl,
             self.settings.leased_ttl,
             self.settings.queue_limit,
+            self.settings.max_overtake,
         )
         self.pump = Pump(self.machine, self._do)
         self.control = ControlServer(self)
@@ -150,6 +151,11 @@ class Daemon:
                     self.supervisor.watch(instance, self.gateway.pool)
             case ev.Refuse(ticket, error):
                 self.turns.pop(ticket).refuse(errors.from_wire(dict(error)))
+            case ev.Abort(ticket, error):
+                if task := self.asking.pop(ticket, None):
+                    task.cancel()  # it would be put to the next engine
+                self.turns.pop(ticket).refuse(errors.from_wire(dict(error)))
+                self.post(ev.Ended(ticket))
             case ev.TellReady(lease, request, instance):
                 self._tell_ready(lease, request, instance)
             case ev.TellError(lease, request, error):
@@ -357,7 +363,8 @@ class Daemon:
 
     def lost(self, ask: Ask, turn: Turn, error: errors.LlmDaemonError) -> bool:
         """The engine went before its first byte: if it is dead, the request is put to the next one, once."""
-        instance = self.machine.instances.get(self.machine.tickets.get(ask.ticket, ""))
+        place = self.machine.tickets.get(ask.ticket)
+        instance = self.machine.instances.get(place.instance) if place else None
         if instance is None or instance.state is State.STOPPING:  # stopped by hand: that is an end, not an accident
             return False
         live = self.supervisor.live.get(instance.id)

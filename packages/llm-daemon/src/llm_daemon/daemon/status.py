@@ -14,12 +14,17 @@ from . import identity
 if TYPE_CHECKING:
     from .app import Daemon
 
-SHOWN = ("ttl", "leased_ttl", "linger", "port", "host", "auth", "queue_limit", "default_model", "context", "parallel", "threads")
+SHOWN = (
+    "ttl", "leased_ttl", "linger", "port", "host", "auth", "queue_limit", "max_overtake", "default_model", "context",
+    "parallel", "threads",
+)  # fmt: skip
 
 
 def status(daemon: Daemon) -> dict[str, Any]:
     """One JSON object: `daemon`, `instances`, `leases`.  Times are seconds, sizes bytes; None where unknown or not due.
 
+    Tickets of an instance: `running` is how many hold one of its `slots`, `aborting` how many of these were told to end and
+    are still being let go by the engine; `waiting` counts both lanes, `waiting_interactive` one of them.
     `stalled_seconds` of an instance that loads or answers: since its engine's last sign of life (core/silence.py).
     """
     now = monotonic()
@@ -57,16 +62,18 @@ def _instance(daemon: Daemon, it: Instance, now: float) -> dict[str, Any]:
         "keeper_pid": process.keeper_pid if process else None,
         "memory_bytes": identity.memory_bytes(process.pid) if process else None,
         "leases": sorted(it.leases),
-        "running": len(it.lane.running),
-        "waiting": len(it.lane.waiting),
-        "slots": it.lane.slots,
+        "running": len(it.lanes.running),
+        "aborting": it.lanes.aborting,
+        "waiting": it.lanes.waiting,
+        "waiting_interactive": len(it.lanes.interactive),
+        "slots": it.lanes.slots,
         "context": live.context if live else None,
         "idle": None if it.is_wanted else max(0.0, now - it.last_use),
         "closes_in": None if closes_at is None else max(0.0, closes_at - now),
         "argv": list(live.plan.argv) if live and live.plan else [],
         "log": live.log_path if live else "",
         "error": it.error and {**it.error, "data": {k: v for k, v in it.error.get("data", {}).items() if k != "last_words"}},
-        "stalled_seconds": live.pulse.silence.still if live and live.pulse and (it.lane.running or starting) else None,
+        "stalled_seconds": live.pulse.silence.still if live and live.pulse and (it.lanes.running or starting) else None,
         "progress": live.progress if live and starting else None,
         "starts": it.starts,
     }
