@@ -14,13 +14,16 @@ from typing import Any
 
 import msgspec
 
-from llm_daemon.daemon.gateway import Ask, Gateway, Route, Turn
+from llm_daemon.core.routes import RELAYED
+from llm_daemon.daemon.gateway import Ask, Exchange, Gateway, Route, Turn
 from llm_daemon.daemon.upstream import Pool
 from llm_daemon.errors import LlmDaemonError
 
 TOKEN = "tök-1234"
 CHAT = "/v1/chat/completions"
 BODY = b'{"model":"m","messages":[]}'
+FORMS = {path for path, route in RELAYED.items() if route.multipart}
+FORM = b'--x\r\nContent-Disposition: form-data; name="model"\r\n\r\nm\r\n--x--\r\n'
 
 
 class Log:
@@ -60,6 +63,8 @@ class FakeDesk:
         self.route, self.log = route, Log()
         self.turns: dict[str, Turn] = {}
         self.open_tickets: set[str] = set()
+        self.told: set[str] = set()
+        self.overs: list[Exchange] = []
         self.takes_back = False  # whether a ticket whose engine died before its first byte is run again
         self.when_opened: Callable[[Ask, Turn], None] = lambda ask, turn: turn.run(self.route)
 
@@ -78,6 +83,25 @@ class FakeDesk:
         self.open_tickets.remove(ticket)
         self.log.add("refuse", ticket)
         self.turns[ticket].refuse(error)
+
+    def abort(self, ticket: str, error: LlmDaemonError) -> None:
+        """Breaks off a running ticket; `ended` follows."""
+        assert ticket in self.open_tickets
+        self.log.add("abort", ticket)
+        self.turns[ticket].abort(error)
+
+    def aborting(self, ticket: str) -> None:
+        assert ticket in self.open_tickets, f"{ticket} is no more"
+        self.log.add("aborting", ticket)
+
+    def over(self, exchange: Exchange) -> None:
+        assert exchange.ask.ticket not in self.told, "told twice"
+        self.told.add(exchange.ask.ticket)
+        self.overs.append(exchange)
+
+    async def admin(self) -> str:
+        self.log.add("admin")
+        return self.route.socket
 
     def cancel(self, ticket: str) -> None:
         assert ticket in self.open_tickets, f"{ticket} ended twice"
@@ -184,7 +208,7 @@ class FakeEngine:
                 call.head = await reader.readuntil(b"\r\n\r\n")
                 lines = call.head.decode("latin-1").split("\r\n")[1:-2]
                 call.headers = {name.lower(): value for name, _, value in (line.partition(": ") for line in lines)}
-                call.body = await reader.readexactly(int(call.headers["content-length"]))
+                call.body = await reader.readexactly(int(call.headers.get("content-length", "0")))
                 self.calls.append(call)
                 self.log.add("request", call)
                 await self.script(call)
@@ -258,7 +282,10 @@ class Client:
     ) -> bytes:
         given: dict[str, str | None] = {"host": self.host, "authorization": f"Bearer {token}" if token else None}
         if method == "POST" and body is not None:
-            given |= {"content-type": "application/json", "content-length": str(len(body))}
+            kind = "application/json"
+            if path in FORMS and body == BODY:
+                kind, body = "multipart/form-data; boundary=x", FORM
+            given |= {"content-type": kind, "content-length": str(len(body))}
         given |= {name.replace("_", "-"): value for name, value in headers.items()}
         lines = "".join(f"{name}: {value}\r\n" for name, value in given.items() if value is not None)
         return f"{method} {path} HTTP/{version}\r\n{lines}\r\n".encode() + (body or b"" if method == "POST" else b"")
@@ -358,5 +385,5 @@ class World:
         await self.engine.stop()
         if kind is None:
             assert not self.desk.open_tickets, "tickets without an end"
-            assert self.gateway.busy == 0
+            assert self.gateway.busy == self.gateway.held == 0
             assert not self.gateway.pool.calls

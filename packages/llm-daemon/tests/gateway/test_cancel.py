@@ -12,7 +12,7 @@ import pytest
 
 from llm_daemon.daemon.gateway import Ask, Route, Turn
 from llm_daemon.daemon.upstream import Pool
-from llm_daemon.errors import Unavailable
+from llm_daemon.errors import Unavailable, UsageError
 
 from .fakes import BODY, CHAT, Client, EngineCall, World, flood, until_gone
 
@@ -76,7 +76,7 @@ def test_while_connecting(run: Any, world: Any, tmp_path: Path, how: str) -> Non
                 client.request()
                 await w.desk.log.until("open")
                 await hang_up(client, how)
-                await w.desk.log.until("cancel")
+                await w.desk.log.until("ended")
                 assert not w.gateway.pool.calls
 
     run(main())
@@ -95,7 +95,7 @@ def test_in_each_turn_of_the_loop_after_the_request(run: Any, world: Any) -> Non
                 for _ in range(rounds):
                     await asyncio.sleep(0)
                 client.reset()
-                await w.desk.log.until("cancel", rounds + 1)
+                await w.desk.log.until("ended", rounds + 1)
             assert not w.gateway.pool.calls
 
     run(main())
@@ -111,7 +111,8 @@ def test_before_the_first_byte(run: Any, world: Any, how: str) -> None:
             call = await w.engine.log.until("request")
             await hang_up(client, how)
             assert await w.engine.log.until("gone") == call.connection
-            assert w.desk.log.all("cancel") == [w.desk.log.all("open")[0].ticket]
+            assert await w.desk.log.until("ended") == w.desk.log.all("open")[0].ticket
+            assert [name for name, _ in w.desk.log.items] == ["open", "aborting", "ended"]
 
     run(main())
 
@@ -132,7 +133,7 @@ def test_in_mid_stream(run: Any, world: Any, how: str) -> None:
             assert await client.chunk() == b"data: 1\n\n"
             await hang_up(client, how)
             await w.engine.log.until("gone")
-            await w.desk.log.until("cancel")
+            await w.desk.log.until("ended")
 
     run(main())
 
@@ -149,7 +150,7 @@ def test_while_the_client_is_slow(run: Any, world: Any, how: str) -> None:
             client.request()
             await blocked.wait()
             await hang_up(client, how)
-            await w.desk.log.until("cancel")
+            await w.desk.log.until("ended")
             await w.engine.log.until("gone")
 
     run(main())
@@ -166,17 +167,95 @@ def test_the_engine_is_let_go_before_the_desk_hears_of_it(run: Any, world: Any) 
             call: EngineCall = await w.engine.log.until("request")
             sock = call.writer.get_extra_info("socket").dup()
             seen: list[bytes] = []
-            cancel = w.desk.cancel
+            ended = w.desk.ended
 
-            def look(ticket: str) -> None:
+            def look(ticket: str, served: bool = False) -> None:
                 seen.append(sock.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT))
-                cancel(ticket)
+                ended(ticket, served)
 
-            w.desk.cancel = look
+            w.desk.ended = look
             client.reset()
-            await w.desk.log.until("cancel")
+            await w.desk.log.until("ended")
             sock.close()
             assert seen == [b""]
+
+    run(main())
+
+
+@pytest.mark.parametrize("how", HANG_UPS)
+def test_an_engine_that_confirms_keeps_the_slot_until_it_has_let_go(run: Any, world: Any, how: str) -> None:
+    let_go = asyncio.Event()
+
+    async def script(call: EngineCall) -> None:
+        await call.begin_stream()
+        await call.chunk(b"data: 1\n\n")
+        await until_gone(call)
+        await call.send(b"5\r\nmore\n\r\n")  # it had that on its way
+        await let_go.wait()
+
+    async def main() -> None:
+        async with world() as w:
+            w.desk.route, w.engine.script = Route("m#1", w.engine.path, confirms=True), script
+            client = await w.client()
+            client.request(body=b'{"stream":true}')
+            await client.head()
+            await client.chunk()
+            await hang_up(client, how)
+            await w.desk.log.until("aborting")
+            assert w.desk.overs
+            assert (await (await w.client()).ask("GET", "/health", None)).status == 200  # meanwhile life goes on
+            assert w.desk.open_tickets
+            let_go.set()
+            await w.desk.log.until("ended")
+
+    run(main())
+
+
+def test_an_engine_that_does_not_let_go_is_cut_off(run: Any, world: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("llm_daemon.daemon.upstream.LET_GO", 0.05)
+
+    async def script(call: EngineCall) -> None:
+        await call.reader.read()
+        await asyncio.Event().wait()
+
+    async def main() -> None:
+        async with world() as w:
+            w.desk.route, w.engine.script = Route("m#1", w.engine.path, confirms=True), script
+            client = await w.client()
+            client.request()
+            await w.engine.log.until("request")
+            await client.close()
+            await w.desk.log.until("ended")
+            assert not w.gateway.pool.leaving
+
+    run(main())
+
+
+def test_an_aborted_ticket_is_told_at_once(run: Any, world: Any) -> None:
+    async def script(call: EngineCall) -> None:
+        await call.begin_stream()
+        await call.chunk(b"data: 1\n\n")
+        await until_gone(call)
+
+    async def main() -> None:
+        async with world() as w:
+            w.desk.route, w.engine.script = Route("m#1", w.engine.path, confirms=True), script
+            client = await w.client()
+            client.request(body=b'{"stream":true}')
+            await client.head()
+            await client.chunk()
+            w.desk.abort(w.desk.log.all("open")[0].ticket, UsageError("a newer one came", code="superseded", status=409))
+            assert b'"superseded"' in await client.chunk()
+            assert await client.chunk() == b""
+            await w.desk.log.until("ended")
+            w.engine.script = until_gone
+            client.request()
+            ask = await w.desk.log.until("open", 2)
+            await w.engine.log.until("request", 2)
+            w.desk.abort(ask.ticket, UsageError("a newer one came", code="superseded", status=409))
+            answer = await client.answer()
+            assert (answer.status, answer.error["code"], answer.headers["x-should-retry"]) == (409, "superseded", "false")
+            await w.desk.log.until("ended", 2)
 
     run(main())
 
@@ -222,7 +301,8 @@ def test_closing_the_gateway_ends_everything(run: Any, world: Any) -> None:
             assert await streaming.chunk() == b""
             assert await idle.closed()
             await w.gateway.wait_closed()
-            assert len(w.desk.log.all("cancel")) == 3
+            assert len(w.desk.log.all("cancel")) == 1
+            assert len(w.desk.log.all("aborting")) == 2
             with pytest.raises(ConnectionError):
                 await w.client()
 

@@ -70,7 +70,7 @@ def test_async_client(run: Any, world: Any) -> None:
             left = await llm.chat.completions.create(model="for ever", messages=MESSAGES, stream=True)
             await anext(aiter(left))
             await left.close()
-            await w.desk.log.until("cancel")
+            await w.desk.log.until("aborting")
 
             full = Unavailable("full", code="queue_full", retry_after=7)
             w.desk.when_opened = lambda ask, turn: w.desk.refuse(ask.ticket, full)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import hashlib
 import re
 import socket
@@ -12,6 +13,7 @@ from typing import Any
 import msgspec
 import pytest
 
+from llm_daemon.core.routes import find
 from llm_daemon.daemon.gateway import Ask, Route
 from llm_daemon.daemon.upstream import Pool
 from llm_daemon.errors import EngineError, Unavailable, UsageError
@@ -38,10 +40,12 @@ def test_relay(run: Any, world: Any, path: str, unix: bool) -> None:
             answer = await client.ask(path=path + "?api-version=1", body=body)
             assert (answer.status, answer.body, answer.reason) == (200, b'{"ok":true}', "OK")
             ask = w.desk.log.all("open")[0]
-            assert ask == Ask(ask.ticket, path, "smollm2-135m", False, "unix" if unix else "tcp")
+            assert ask == Ask(
+                ask.ticket, path, "smollm2-135m", False, "unix" if unix else "tcp", find(path).lane, peer=os.getpid() * unix
+            )
             assert answer.headers["x-llm-ticket"] == ask.ticket
             assert answer.headers["x-llm-instance"] == "m#1"
-            assert re.fullmatch(r"queue;dur=[\d.]+, engine;dur=[\d.]+", answer.headers["server-timing"])
+            assert re.fullmatch(r"queue;dur=[\d.]+, load;dur=[\d.]+, engine;dur=[\d.]+", answer.headers["server-timing"])
             assert w.engine.calls[0].body == body
             assert w.engine.calls[0].head.startswith(b"POST %b HTTP/1.1\r\n" % path.encode())
             assert [name for name, _ in w.desk.log.items] == ["open", "ended"]
@@ -366,7 +370,7 @@ def test_a_refusal_of_a_running_ticket(run: Any, world: Any) -> None:
             client = await w.client()
             client.request()
             call = await w.engine.log.until("request")
-            w.desk.refuse(w.desk.log.all("open")[0].ticket, Unavailable("superseded", code="superseded", status=409))
+            w.desk.abort(w.desk.log.all("open")[0].ticket, Unavailable("superseded", code="superseded", status=409))
             answer = await client.answer()
             assert (answer.status, answer.error["code"]) == (409, "superseded")
             assert await w.engine.log.until("gone") == call.connection

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from math import ceil
 
 import msgspec
 
 from ..errors import LlmDaemonError, Unavailable, UsageError
+from .firewall import Suspects
 
 _TYPES = {
     401: "authentication_error",
@@ -16,21 +18,23 @@ _TYPES = {
 }
 
 
-class Wanted(msgspec.Struct, frozen=True, gc=False):
-    """The fields of a request body that decide where it goes; everything else is the engine's business."""
+class Wanted(Suspects, frozen=True, gc=False):
+    """The fields of a request body that decide where it goes, and those of the firewall."""
 
     model: str | None = None
     stream: bool | None = None
 
 
 _DECODER = msgspec.json.Decoder(Wanted)
+_FIELD = re.compile(rb'name="?([^";\r\n]+)"?', re.IGNORECASE)
 
 
 def read_wanted(body: bytes) -> Wanted:
-    """Reads `model` and `stream` from a JSON body.
+    """Reads `model`, `stream` and the firewall's fields from a JSON body.
 
-    >>> read_wanted(b'{"model": "smollm2-135m", "messages": [], "stream": true}')
-    Wanted(model='smollm2-135m', stream=True)
+    >>> found = read_wanted(b'{"model": "smollm2-135m", "messages": [], "stream": true}')
+    >>> found.model, found.stream
+    ('smollm2-135m', True)
 
     Raises UsageError (`bad_json`) if the body is not JSON, not an object, or one of the two has a wrong type.
     """
@@ -42,6 +46,34 @@ def read_wanted(body: bytes) -> Wanted:
         raise UsageError("request body is nested too deeply", code="bad_json") from None
     except (msgspec.DecodeError, UnicodeDecodeError) as e:  # the latter: a `model` that is not UTF-8
         raise UsageError(f"request body is not valid JSON: {e}", code="bad_json") from None
+
+
+def read_form(body: bytes, content_type: bytes) -> Wanted:
+    r"""The same of a form (multipart/form-data, RFC 7578), whose files are not looked at.
+
+    >>> form = b'--x\r\nContent-Disposition: form-data; name="model"\r\n\r\nwhisper\r\n--x--\r\n'
+    >>> read_form(form, b"multipart/form-data; boundary=x").model
+    'whisper'
+
+    Raises UsageError (`bad_form`) for a form that cannot be read.
+    """
+    given = re.search(rb'boundary="?([^";,\s]{1,70})"?', content_type, re.IGNORECASE)
+    if given is None or not body.lstrip(b"\r\n").startswith(mark := b"--" + given[1]):
+        raise UsageError("the form does not begin with its boundary", code="bad_form")
+    found: dict[bytes, bytes] = {}
+    at = body.find(mark) + len(mark)
+    while body[at : at + 2] == b"\r\n":
+        head_end, end = body.find(b"\r\n\r\n", at), body.find(b"\r\n" + mark, at)
+        if not at <= head_end < end:
+            raise UsageError("the form is broken off", code="bad_form")
+        head = body[at:head_end]
+        if (field := _FIELD.search(head)) and field[1] in (b"model", b"stream") and b"filename" not in head:
+            found[field[1]] = body[head_end + 4 : end]
+        at = end + 2 + len(mark)
+    try:
+        return Wanted(model=found.get(b"model", b"").decode() or None, stream=found.get(b"stream") in (b"true", b"1"))
+    except UnicodeDecodeError:
+        raise UsageError("the form's model is not UTF-8", code="bad_form") from None
 
 
 def error_body(error: LlmDaemonError) -> bytes:

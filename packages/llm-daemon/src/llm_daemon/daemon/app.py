@@ -37,7 +37,7 @@ from .supervisor import Supervisor
 from .sweep import sweep
 
 if TYPE_CHECKING:
-    from .gateway import Ask, Gateway, Turn
+    from .gateway import Ask, Exchange, Gateway, Turn
 
 log = logging.getLogger("llm_daemon")
 BEAT = 10.0  # seconds between two looks at ourselves: rare, because an idle daemon should sleep
@@ -146,7 +146,9 @@ class Daemon:
                     self.turns.pop(ticket).refuse(errors.EngineError("the engine died", code="engine_died"))
                     self.post(ev.Ended(ticket))
                 else:
-                    self.turns[ticket].run(Route(instance, process.socket))
+                    plan = process.plan
+                    route = Route(instance, process.socket, assembled=plan.assembled, confirms=plan.confirms_hangup)
+                    self.turns[ticket].run(route)
                     assert self.gateway is not None  # whose turn it is
                     self.supervisor.watch(instance, self.gateway.pool)
             case ev.Refuse(ticket, error):
@@ -354,6 +356,15 @@ class Daemon:
                 return loaded[0].spec
             model = self.settings.default_model
         return self.supervisor.resolve(model)
+
+    def aborting(self, ticket: str) -> None:
+        pass
+
+    def over(self, exchange: Exchange) -> None:
+        pass
+
+    async def admin(self) -> str:
+        raise errors.UsageError("no admin pages yet", status=404)
 
     def cancel(self, ticket: str) -> None:
         if task := self.asking.pop(ticket, None):

@@ -2,6 +2,7 @@
 
 Reading never stops, because only a reader learns of a hang-up.  What bounds memory instead: a client that sends more
 requests than may wait, or bytes after its last one, is no longer listened to and loses the connection after its answer.
+A client that is too slow, in sending a request or in taking an answer, loses it too, and with it the engine's slot.
 """
 
 from __future__ import annotations
@@ -13,26 +14,33 @@ from functools import partial
 from typing import TYPE_CHECKING, cast
 
 from ..core.openai import error_body, retry_after
-from ..errors import LlmDaemonError
+from ..core.routes import UPSTREAM
+from ..errors import LlmDaemonError, UsageError
 from .guard import peer_is_us
 from .http1 import PHRASES, Request, RequestReader
+from .identity import peer
 
 if TYPE_CHECKING:
     from .gateway import Exchange, Gateway
 
+# What asking again would only make worse.  The OpenAI clients ask again after 409 and 5xx, unless told not to.
+FINAL = frozenset({"superseded", "expired", "cancelled"})
 _LINGER = 2.0  # seconds a refused client may go on sending before its connection is torn down
 
 
 class Connection(asyncio.Protocol):
-    """`port` is our TCP port the client reached, None for the unix socket."""
+    """`via` is `tcp`, `unix` or `tls`, `port` our port that the client reached; `peer` its process id, where that is known."""
 
     transport: asyncio.Transport
 
-    def __init__(self, gateway: Gateway, port: int | None) -> None:
-        self.port, self._gateway = port, gateway
-        self._reader = RequestReader(partial(gateway.judge, port), body_limit=gateway.body_limit)
+    def __init__(self, gateway: Gateway, via: str, port: int) -> None:
+        self.via, self.port, self._gateway = via, port, gateway
+        self.peer = 0
+        self._reader = RequestReader(partial(gateway.judge, self), body_limit=gateway.body_limit, hold=gateway.hold)
+        self._slow_since = 0.0  # loop time; 0 while nothing is begun that could take too long
         self._waiting: deque[Request] = deque()
         self._exchange: Exchange | None = None
+        self._tunnel: Exchange | None = None  # the same, if it may switch protocols
         self._paused = self._closing = self._gone = self._advancing = False
         self._linger: asyncio.TimerHandle | None = None
 
@@ -41,17 +49,28 @@ class Connection(asyncio.Protocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self.transport = cast(asyncio.Transport, transport)
         self._gateway.connections.add(self)
-        if self._gateway.closing or (self.port is None and not peer_is_us(transport.get_extra_info("socket"))):
+        sock = transport.get_extra_info("socket")
+        stranger = self.via == "unix" and not peer_is_us(sock)
+        if self.via == "unix" and not stranger:
+            self.peer, _ = peer(sock)
+        if self._gateway.closing or stranger:
             self._closing = True
             self._reader.stop()
             self.transport.abort()
 
     def data_received(self, data: bytes) -> None:
-        if self._reader.done:
+        reader = self._reader
+        if reader.done:
+            if self._tunnel is not None:
+                self._tunnel.client_sent(data)
             return
-        self._waiting += self._reader.feed(data)
+        self._waiting += reader.feed(data)
+        if reader.is_partial:
+            self._is_slow_from_here()
+        elif not self._paused:
+            self._slow_since = 0.0
         while len(self._waiting) > 1 and self._is_too_much():
-            self._waiting.pop()
+            self._release(self._waiting.pop())
             self._waiting[-1].keep_alive = False  # the client asks again for what is not answered (RFC 9112, section 9.3.2)
             self._reader.failed = True
             self._reader.stop()
@@ -69,11 +88,14 @@ class Connection(asyncio.Protocol):
 
     def pause_writing(self) -> None:
         self._paused = True
+        self._is_slow_from_here()
         if self._exchange is not None:
             self._exchange.pause()
 
     def resume_writing(self) -> None:
         self._paused = False
+        if not self._reader.is_partial:
+            self._slow_since = 0.0
         if self._exchange is not None:
             self._exchange.resume()
         elif not self._advancing:
@@ -92,6 +114,8 @@ class Connection(asyncio.Protocol):
             b"Content-Type: application/json\r\nContent-Length: %d\r\n" % len(body),
             *headers,
         ]
+        if status == 204:
+            lines[1] = b""
         if not self._keeps(request):
             lines.append(b"Connection: close\r\n")
         self.write(b"".join(lines) + b"\r\n" + (b"" if request.method == "HEAD" else body))
@@ -103,12 +127,17 @@ class Connection(asyncio.Protocol):
         if error.status == 405:
             lines.append(b"Allow: %b\r\n" % str(error.data["allow"]).encode())
         if error.status == 401:
-            lines.append(b"WWW-Authenticate: Bearer\r\n")
+            asks_person = request.path.startswith(UPSTREAM) and b"text/html" in request.headers.get(b"accept", b"")
+            kind = b'Basic realm="llm-daemon: the token is the password"' if asks_person else b"Bearer"
+            lines.append(b"WWW-Authenticate: %b\r\n" % kind)
+        if error.code in FINAL:
+            lines.append(b"X-Should-Retry: false\r\n")
         self.reply(request, error.status, error_body(error), lines)
 
     def finished(self, request: Request, *, keep: bool = True) -> None:
         """The answer to `request` is written."""
-        self._exchange = None
+        self._exchange = self._tunnel = None
+        self._release(request)
         if not keep or not self._keeps(request):
             self._close()
         elif not self._advancing:
@@ -116,14 +145,42 @@ class Connection(asyncio.Protocol):
 
     def shut(self, error: LlmDaemonError) -> None:
         """The daemon goes."""
-        self._reader.stop()
-        self._waiting.clear()
+        self._forget_waiting()
         if self._exchange is not None:
             self._exchange.break_off(error)
         else:
             self._close()
 
+    def look(self, now: float) -> None:
+        """Ends a client that is too slow."""
+        if not self._slow_since:
+            self._gateway.slow.discard(self)
+        elif now - self._slow_since >= self._gateway.patience:
+            if self._exchange is not None or self._paused:
+                self.transport.abort()
+            else:
+                self._reader.failed = True  # it may still be sending
+                error = UsageError("the request did not come in time", code="timeout", status=408)
+                self.reply_error(Request(keep_alive=False), error)
+                self._close()
+
     # -- inside
+
+    def _is_slow_from_here(self) -> None:
+        if not self._slow_since:
+            self._slow_since = asyncio.get_running_loop().time()
+            self._gateway.watch(self)
+
+    def _release(self, request: Request) -> None:
+        """Its body is no longer ours."""
+        self._gateway.held -= request.held
+        request.held = 0
+
+    def _forget_waiting(self) -> None:
+        self._gateway.held -= self._reader.stop()
+        for request in self._waiting:
+            self._release(request)
+        self._waiting.clear()
 
     def _keeps(self, request: Request) -> bool:
         # An HTTP/1.0 client is answered once: it would have to be told otherwise, and none of them needs it.
@@ -151,15 +208,18 @@ class Connection(asyncio.Protocol):
             self.finished(request)
         else:
             self._exchange = exchange
+            if request.tunnel:
+                self._tunnel = exchange
             exchange.open()
+            if request.tunnel and self._reader.rest:  # the client did not wait for our answer
+                exchange.client_sent(self._reader.rest)
 
     def _close(self) -> None:
         if self._closing:
             return
         self._closing = True
-        self._waiting.clear()
         lingers = self._reader.failed and not self._gone
-        self._reader.stop()
+        self._forget_waiting()
         if lingers and self.transport.can_write_eof():
             # The client may still be sending; closing now would reset the connection and lose it our answer.
             self.transport.write_eof()
@@ -171,8 +231,8 @@ class Connection(asyncio.Protocol):
         if self._gone:
             return
         self._gone = self._closing = True
-        self._waiting.clear()
-        self._reader.stop()
-        exchange, self._exchange = self._exchange, None
+        self._forget_waiting()
+        exchange, self._exchange, self._tunnel = self._exchange, None, None
         if exchange is not None:
             exchange.hang_up()
+            self._release(exchange.request)

@@ -10,57 +10,33 @@ from __future__ import annotations
 import asyncio
 import secrets
 import socket
-from collections.abc import Callable
+import ssl
+from collections.abc import Callable, Iterable
 from contextlib import suppress
-from dataclasses import dataclass
-from time import perf_counter
+from math import isfinite
 from typing import Protocol
 from urllib.parse import unquote
 
 import msgspec
 
-from ..core.openai import error_body, read_wanted
-from ..errors import Bug, EngineError, LlmDaemonError, Unavailable, UsageError
+from ..core import firewall
+from ..core.openai import read_form, read_wanted
+from ..core.routes import ASIDE, INTERACTIVE, REGULAR, Kind, Route as Way, find, is_open, known
+from ..errors import LlmDaemonError, Unavailable, UsageError
 from .connection import Connection
+from .exchange import Ask, Exchange, Route, Turn, Visit, report
 from .guard import Guard
-from .http1 import Head, Request, chunk, request_bytes
-from .upstream import Call, Pool
+from .http1 import Request
+from .upstream import Pool
 
-RELAYED = frozenset({"/v1/chat/completions", "/v1/completions", "/v1/embeddings"})
-ANSWERED = frozenset({"/health", "/v1/models"})
+__all__ = ["Ask", "Desk", "Exchange", "Gateway", "Route", "Turn"]
+
+MB = 1024 * 1024
+LOOK = 5.0  # seconds between two looks at slow clients, while there are any
+METHODS = "GET, HEAD, POST, PUT, PATCH, DELETE"
 _BACKLOG = 1024
-_FORWARDED = (b"content-type", b"accept", b"user-agent")
-
-
-class Ask(msgspec.Struct, frozen=True):
-    """A request that wants an engine.  `model` is None when the body names none; `via` is `tcp` or `unix`."""
-
-    ticket: str
-    path: str
-    model: str | None
-    stream: bool
-    via: str
-
-
-@dataclass(frozen=True, slots=True)
-class Route:
-    """Where a request goes: the engine's unix socket.  `headers` are added to what the engine gets (a key of its own)."""
-
-    instance: str
-    socket: str
-    headers: tuple[tuple[str, str], ...] = ()
-
-
-class Turn(Protocol):
-    """A waiting request, as the desk sees it.  Calls that come too late (the client is gone) do nothing."""
-
-    def run(self, route: Route) -> None:
-        """The slot is yours: relay now."""
-        ...
-
-    def refuse(self, error: LlmDaemonError) -> None:
-        """Ends the ticket, waiting or running: the client gets the error, `Retry-After` from `error.data["retry_after"]`."""
-        ...
+_EXPOSED = b"Access-Control-Expose-Headers: Retry-After, Server-Timing, X-LLM-Instance, X-LLM-Replayed, X-LLM-Ticket\r\n"
+_KEY_LIMIT = 200
 
 
 class Desk(Protocol):
@@ -71,11 +47,15 @@ class Desk(Protocol):
         ...
 
     def cancel(self, ticket: str) -> None:
-        """The client is gone, waiting or running.  The engine's connection is closed already."""
+        """The client is gone while its ticket waited."""
+        ...
+
+    def aborting(self, ticket: str) -> None:
+        """The client of a running ticket is gone.  The engine is being told; `ended` follows when it has let go."""
         ...
 
     def ended(self, ticket: str, served: bool = False) -> None:
-        """After `Turn.run`: the engine has answered in full (`served`), or is gone."""
+        """After `Turn.run`: the engine has answered in full (`served`), has let go, or is gone."""
         ...
 
     def lost(self, ask: Ask, turn: Turn, error: LlmDaemonError) -> bool:
@@ -83,6 +63,10 @@ class Desk(Protocol):
 
         True takes the ticket back: it waits again, `turn.run` or `turn.refuse` follows.  False: it is over, and `ended` follows.
         """
+        ...
+
+    def over(self, exchange: Exchange) -> None:
+        """For its client a ticket is over: read its times and sizes, and keep nothing of it."""
         ...
 
     def models(self) -> list[dict[str, object]]:
@@ -93,12 +77,18 @@ class Desk(Protocol):
         """The body of `GET /health`."""
         ...
 
+    async def admin(self) -> str:
+        """The unix socket of the admin app, which is started when this is asked first."""
+        ...
+
 
 class Gateway:
     """Serves HTTP for a desk.
 
-    `token` None asks for no token; `hosts` allows host names besides loopback's own (see guard.py).  A body may have
-    `body_limit` bytes; `pipeline` requests of one connection may wait behind its current one.
+    `token` None asks for no token; `hosts` allows host names besides loopback's own, `origins` web pages besides our
+    own (see guard.py).  A body may have `body_limit` bytes, all that are held at one time `held_limit`; `pipeline`
+    requests of one connection may wait behind its current one.  A client may take `patience` seconds to send a request, or to take some
+    of an answer.  `remote_media`: see core/firewall.py.
     """
 
     def __init__(
@@ -107,21 +97,30 @@ class Gateway:
         *,
         token: str | None,
         hosts: Callable[[str], bool] | frozenset[str] = frozenset(),
-        body_limit: int = 64 * 1024 * 1024,
+        origins: frozenset[str] = frozenset(),
+        body_limit: int = 64 * MB,
+        held_limit: int = 512 * MB,
         pipeline: int = 64,
+        patience: float = 60.0,
+        remote_media: bool = False,
         pool: Pool | None = None,
     ) -> None:
-        self.desk, self.body_limit, self.pipeline = desk, body_limit, pipeline
+        self.desk, self.body_limit, self.held_limit = desk, body_limit, held_limit
+        self.pipeline, self.patience = pipeline, patience
         self.pool = pool or Pool()
         self.connections: set[Connection] = set()
+        self.slow: set[Connection] = set()  # who is in the middle of sending, or does not take an answer
         self.closing = False
         self.busy = 0  # tickets that have no end yet
-        self._guard = Guard(token, hosts)
-        self._tcp: asyncio.Server | None = None
-        self._unix: asyncio.Server | None = None
+        self.held = 0  # bytes of bodies
+        self._remote_media = remote_media
+        self._guard = Guard(token, hosts, origins)
+        self._remote_guard: Guard | None = None
+        self._servers: dict[str, asyncio.Server] = {}
         # Tickets of two daemons in one log must differ.
         self._prefix, self._count = secrets.token_hex(3), 0
         self._empty = asyncio.Event()
+        self._timer: asyncio.TimerHandle | None = None
 
     async def serve(self, tcp: socket.socket | None, unix: socket.socket | None) -> None:
         """Listens on bound sockets, which are ours from now on; returns once it does.
@@ -132,23 +131,32 @@ class Gateway:
         if tcp is not None:
             tcp.setblocking(False)
             port = tcp.getsockname()[1]
-            self._tcp = await loop.create_server(lambda: Connection(self, port), sock=tcp, backlog=_BACKLOG)
+            self._servers["tcp"] = await loop.create_server(lambda: Connection(self, "tcp", port), sock=tcp, backlog=_BACKLOG)
         if unix is not None:
             unix.setblocking(False)
-            self._unix = await loop.create_unix_server(lambda: Connection(self, None), sock=unix, backlog=_BACKLOG)
+            self._servers["unix"] = await loop.create_unix_server(lambda: Connection(self, "unix", 0), sock=unix, backlog=_BACKLOG)
+
+    async def serve_remote(self, tls: socket.socket, context: ssl.SSLContext, key: str) -> None:
+        """Listens for other machines too: only over TLS, and with a key of the user's own."""
+        self._remote_guard = Guard(key, lambda name: True, self._guard.origins)
+        tls.setblocking(False)
+        port = tls.getsockname()[1]
+        self._servers["tls"] = await asyncio.get_running_loop().create_server(
+            lambda: Connection(self, "tls", port), sock=tls, backlog=_BACKLOG, ssl=context
+        )
 
     def leave_port(self) -> None:
         """Accepts nobody any more on TCP; open connections stay."""
-        if self._tcp is not None:
-            self._tcp.close()
-            self._tcp = None
+        if (server := self._servers.pop("tcp", None)) is not None:
+            server.close()
 
     def close(self) -> None:
         """Stops listening, answers whoever still waits with 503, breaks off running answers and closes all connections."""
         self.closing = True
-        for server in (self._tcp, self._unix):
-            if server is not None:
-                server.close()
+        for server in self._servers.values():
+            server.close()
+        if self._timer is not None:
+            self._timer.cancel()
         for connection in list(self.connections):
             connection.shut(Unavailable("the daemon is going", code="draining", retry_after=1))
         self.pool.cut()
@@ -168,47 +176,149 @@ class Gateway:
         """Closes every connection to one engine, before it is told to stop: an open stream would delay it (engines.md, 5)."""
         self.pool.cut(socket_path)
 
-    # -- called by connections
+    # -- called by connections and exchanges
 
     def forget(self, connection: Connection) -> None:
         self.connections.discard(connection)
+        self.slow.discard(connection)
         if self.closing and not self.connections:
             self._empty.set()
 
-    def judge(self, port: int | None, request: Request) -> LlmDaemonError | None:
-        """The reason to refuse a request whose head was read; `port` is None on the unix socket."""
-        path = request.path
-        if port is not None and (error := self._guard.check(request, port, open_to_all=path == "/health")) is not None:
-            return error
-        if path in RELAYED:
-            return _judge_post(request)
-        if path in ANSWERED or path.startswith("/v1/models/"):
+    def over(self, exchange: Exchange) -> None:
+        if not isinstance(exchange, Visit):
+            self.desk.over(exchange)
+
+    def hold(self, size: int) -> bool:
+        """Room for `size` more bytes of a body; False if there is none."""
+        if self.held + size > self.held_limit:
+            return False
+        self.held += size
+        return True
+
+    def watch(self, connection: Connection) -> None:
+        """A client began something that it must not take too long for."""
+        self.slow.add(connection)
+        if self._timer is None and not self.closing:
+            self._timer = asyncio.get_running_loop().call_later(min(LOOK, self.patience / 4), self._look)
+
+    def _look(self) -> None:
+        self._timer = None
+        now = asyncio.get_running_loop().time()
+        for connection in list(self.slow):
+            connection.look(now)
+        if self.slow:  # no wake-ups while nobody is slow
+            self._timer = asyncio.get_running_loop().call_later(min(LOOK, self.patience / 4), self._look)
+
+    def judge(self, connection: Connection, request: Request) -> LlmDaemonError | None:
+        """The reason to refuse a request whose head was read."""
+        path, via = request.path, connection.via
+        if via != "unix":
+            guard = self._guard if via == "tcp" else self._remote_guard
+            assert guard is not None
+            to_all = request.method == "OPTIONS" or (via == "tcp" and is_open(path))
+            if (error := guard.check(request, connection.port, open_to_all=to_all)) is not None:
+                return error
+        request.route = way = find(path)
+        if way is None:
+            hint = f"routes are {', '.join(known())}"
+            return UsageError(f"no route {path[:100]}", code="unknown_route", status=404, hint=hint)
+        if request.method == "OPTIONS":
+            return None
+        if way.kind is Kind.RELAYED:
+            return _judge_post(request, way)
+        if way.kind is Kind.ANSWERED:
             return None if request.method in ("GET", "HEAD") else _wrong_method(request, "GET, HEAD")
-        known = ", ".join(sorted(RELAYED | ANSWERED))
-        return UsageError(f"no route {path[:100]}", code="unknown_route", status=404, hint=f"routes are {known}")
+        if request.method not in METHODS.split(", "):
+            return _wrong_method(request, METHODS)
+        if way.kind is Kind.ADMIN and request.method not in ("GET", "HEAD"):
+            return _judge_post(request, way)
+        upgrade = request.headers.get(b"upgrade", b"").lower() == b"websocket" and way.kind is Kind.PASSED
+        request.tunnel = upgrade and request.method == "GET" and request.version == "1.1"
+        return None
 
     def handle(self, request: Request, connection: Connection) -> Exchange | None:
         """Answers a request, or returns the exchange that will.  The exchange is not opened yet."""
-        if request.error is not None:
-            connection.reply_error(request, request.error)
-        elif request.path in RELAYED:
-            try:
-                wanted = read_wanted(request.body)
-            except UsageError as e:
-                connection.reply_error(request, e)
+        way = request.route
+        try:
+            if request.error is not None:
+                raise request.error
+            assert way is not None
+            if request.method == "OPTIONS":
+                connection.reply(request, 204, b"", self._preflight(request))
+            elif way.kind is Kind.ANSWERED:
+                body = msgspec.json.encode(self._answer(request.path))
+                connection.reply(request, 200, body, self.cors(request))
             else:
-                self._count += 1
-                via = "unix" if connection.port is None else "tcp"
-                ask = Ask(f"{self._prefix}-{self._count}", request.path, wanted.model or None, bool(wanted.stream), via)
-                return Exchange(self, connection, request, ask)
-        else:
-            try:
-                connection.reply(request, 200, msgspec.json.encode(self._answer(request.path)))
-            except LlmDaemonError as e:
-                connection.reply_error(request, e)
-            except Exception as e:
-                connection.reply_error(request, report(e))
+                ask = self._ask(request, way, connection)
+                return (Visit if way.kind is Kind.ADMIN else Exchange)(self, connection, request, way, ask)
+        except LlmDaemonError as e:
+            connection.reply_error(request, e, self.cors(request))
+        except Exception as e:
+            connection.reply_error(request, report(e), self.cors(request))
         return None
+
+    # -- inside
+
+    def _ask(self, request: Request, way: Way, connection: Connection) -> Ask:
+        """What a request wants.  Raises UsageError for a body or header that cannot be meant."""
+        model, stream, lane = way.model, True, way.lane
+        if way.kind is Kind.RELAYED or (way.kind is Kind.PASSED and request.body):
+            kind = request.headers.get(b"content-type", b"")
+            if kind.lower().startswith(b"multipart/"):
+                found = read_form(request.body, kind)
+            elif way.kind is Kind.RELAYED or kind.lower().startswith(b"application/json"):
+                found = read_wanted(request.body)
+                firewall.check(found, request.body, self._remote_media)
+            else:
+                raise UsageError(
+                    "a body must be sent as application/json or multipart/form-data", code="bad_content_type", status=415
+                )
+            model, stream = model or found.model or None, bool(found.stream)
+        elif way.kind is Kind.PASSED:
+            lane = ASIDE  # looking at an engine takes none of its slots
+        self._count += 1
+        ask = Ask(f"{self._prefix}-{self._count}", request.path, model, stream, connection.via, lane, peer=connection.peer)
+        if any(name.startswith(b"x-llm-") for name in request.headers):
+            ask = self._wished(ask, request)
+        return ask
+
+    @staticmethod
+    def _wished(ask: Ask, request: Request) -> Ask:
+        """The ask with what our own headers say."""
+        given = request.headers
+        lane, key = ask.lane, ask.supersede
+        if (text := given.get(b"x-llm-lane")) is not None:
+            named = text.lower().decode("latin-1")
+            if named not in (INTERACTIVE, REGULAR):
+                raise _bad_header("X-LLM-Lane", f"{INTERACTIVE} or {REGULAR}", text)
+            lane = named if lane != ASIDE else lane
+        if (text := given.get(b"x-llm-supersede")) is not None:
+            key = text.decode("latin-1")
+            if not 0 < len(key) <= _KEY_LIMIT:
+                raise _bad_header("X-LLM-Supersede", f"a text of 1 to {_KEY_LIMIT} characters", text)
+        deadline = _number(given, "X-LLM-Deadline-Ms", "milliseconds, 0 or more")
+        keep_alive = _number(given, "X-LLM-Keep-Alive", "seconds, 0 or more")
+        return msgspec.structs.replace(
+            ask, lane=lane, supersede=key, deadline=None if deadline is None else deadline / 1e3, keep_alive=keep_alive
+        )
+
+    def cors(self, request: Request) -> Iterable[bytes]:
+        """Header lines that let an allowed web page read the answer."""
+        origin = request.headers.get(b"origin")
+        if origin is None or not self._guard.is_allowed_origin(origin):
+            return ()
+        return (b"Access-Control-Allow-Origin: %b\r\nVary: Origin\r\n" % origin, _EXPOSED)
+
+    def _preflight(self, request: Request) -> list[bytes]:
+        """The answer to OPTIONS; to a page's question before the request itself (Fetch standard, CORS protocol)."""
+        lines = [*self.cors(request), b"Allow: OPTIONS, %b\r\n" % METHODS.encode()]
+        if len(lines) > 1 and b"access-control-request-method" in request.headers:
+            lines.append(b"Access-Control-Allow-Methods: %b\r\nAccess-Control-Max-Age: 600\r\n" % METHODS.encode())
+            lines.append(
+                b"Access-Control-Allow-Headers: authorization, content-type, x-api-key, x-llm-lane, x-llm-supersede, "
+                b"x-llm-deadline-ms, x-llm-keep-alive, anthropic-version, openai-organization, openai-project\r\n"
+            )
+        return lines
 
     def _answer(self, path: str) -> dict[str, object]:
         if path == "/health":
@@ -223,187 +333,13 @@ class Gateway:
         raise UsageError(f"no model {wanted[:100]!r}", code="unknown_model", status=404, hint="GET /v1/models lists them")
 
 
-class Exchange:
-    """One ticket: a client's request, its turn with the desk, the engine's answer."""
-
-    __slots__ = (
-        "_call", "_chunked", "_connection", "_gateway", "_head", "_keep", "_opened",
-        "_ran", "_replayed", "_request", "_route", "_state", "_tail", "ask",
-    )  # fmt: skip
-
-    def __init__(self, gateway: Gateway, connection: Connection, request: Request, ask: Ask) -> None:
-        self.ask, self._gateway, self._connection, self._request = ask, gateway, connection, request
-        self._state = "new"  # new → waiting → running → over
-        self._route: Route | None = None
-        self._call: Call | None = None
-        self._opened = self._ran = 0.0
-        self._head: Head | None = None
-        self._chunked = False  # how the client gets the body
-        self._replayed = False  # taken back by the desk once: never a second time
-        self._keep = True  # the client can tell where the answer ends
-        self._tail = b""  # last piece of an event stream
-
-    def open(self) -> None:
-        self._state, self._opened = "waiting", perf_counter()
-        self._gateway.busy += 1
-        try:
-            self._gateway.desk.open(self.ask, self)
-        except LlmDaemonError as e:
-            self.refuse(e)
-        except Exception as e:
-            self.refuse(report(e))
-
-    # -- called by the desk
-
-    def run(self, route: Route) -> None:
-        if self._state != "waiting":
-            return
-        self._state, self._route, self._ran = "running", route, perf_counter()
-        given = self._request.headers
-        headers = [(name, given[name]) for name in _FORWARDED if name in given]
-        if route.headers:
-            headers += [(name.encode("ascii"), value.encode("ascii")) for name, value in route.headers]
-        message = request_bytes(self.ask.path, headers, self._request.body)
-        self._call = self._gateway.pool.call(route.socket, message, self)
-
-    def refuse(self, error: LlmDaemonError) -> None:
-        if self._state != "over":
-            self._stop()
-            self._give(error)
-
-    # -- called by the connection
-
-    def hang_up(self) -> None:
-        """The client is gone."""
-        if self._state != "over":
-            self._stop()
-            self._gateway.desk.cancel(self.ask.ticket)
-
-    def break_off(self, error: LlmDaemonError) -> None:
-        """The daemon goes: the client gets the error, the ticket is cancelled."""
-        if self._state != "over":
-            self._stop()
-            self._gateway.desk.cancel(self.ask.ticket)
-            self._give(error)
-
-    def pause(self) -> None:
-        if self._call is not None:
-            self._call.pause()
-
-    def resume(self) -> None:
-        if self._call is not None:
-            self._call.resume()
-
-    # -- called by the engine's side
-
-    def answer(self, head: Head | None, body: list[bytes], last: bool) -> None:
-        out = []
-        if head is not None:
-            self._request.body = b""  # no way back from here
-            out.append(self._begin(head))
-        if self._chunked:
-            # Framed anew, piece by piece as they came: an engine that breaks off inside a chunk then leaves us at the
-            # end of one, and nothing in its framing (extensions, trailers, lies) reaches the client.
-            out += [chunk(piece) for piece in body]
-            if last:
-                out.append(b"0\r\n\r\n")
-        else:
-            out += body
-        if body:
-            self._tail = body[-1]
-        if out:
-            self._connection.write(b"".join(out))
-        if last:
-            self._end()
-            self._gateway.desk.ended(self.ask.ticket, served=True)
-            self._connection.finished(self._request, keep=self._keep)
-
-    def lost(self, reason: str, error: LlmDaemonError | None = None) -> None:
-        instance = self._route.instance if self._route else "?"
-        error = error or EngineError(
-            f"the engine of {instance} did not answer in full: {reason}",
-            code="engine_gone",
-            hint="ask again; `llm-daemon logs` shows the engine's last words",
-        )
-        if self._head is None and not self._replayed:
-            self._replayed, self._state, self._call = True, "waiting", None
-            if self._gateway.desk.lost(self.ask, self, error):
-                return
-            self._replayed = False
-        self._end()
-        self._gateway.desk.ended(self.ask.ticket)
-        self._give(error)
-
-    # -- inside
-
-    def _stop(self) -> None:
-        """Lets go of the engine, and of the ticket."""
-        if self._call is not None:
-            self._call.abort()
-        self._end()
-
-    def _end(self) -> None:
-        self._state, self._call = "over", None
-        self._gateway.busy -= 1
-
-    def _own_headers(self) -> bytes:
-        """Header lines of the ticket."""
-        now, ticket = perf_counter(), self.ask.ticket
-        if self._route is None:
-            text = f"X-LLM-Ticket: {ticket}\r\nServer-Timing: queue;dur={(now - self._opened) * 1e3:.3f}\r\n"
-        else:
-            timing = f"queue;dur={(self._ran - self._opened) * 1e3:.3f}, engine;dur={(now - self._ran) * 1e3:.3f}"
-            instance = self._route.instance
-            if not (instance.isascii() and instance.isprintable()):  # a model's name may hold anything
-                instance = ascii(instance)
-            text = f"X-LLM-Ticket: {ticket}\r\nX-LLM-Instance: {instance}\r\nServer-Timing: {timing}\r\n"
-            if self._replayed:
-                text += "X-LLM-Replayed: 1\r\n"
-        return text.encode("ascii")
-
-    def _begin(self, head: Head) -> bytes:
-        """Our head for the engine's answer: its status line and end-to-end headers, our framing."""
-        self._head, old = head, self._request.version == "1.0"
-        self._chunked = head.chunked and not old
-        lines = [b"HTTP/1.1 %d %b\r\n" % (head.status, head.reason), *head.lines, self._own_headers()]
-        if self._chunked:
-            lines.append(b"Transfer-Encoding: chunked\r\n")
-        elif head.chunked or head.until_close:
-            self._keep = False
-        elif head.length is not None:
-            lines.append(b"Content-Length: %b\r\n" % head.length)
-        if old or not (self._keep and self._request.keep_alive):
-            lines.append(b"Connection: close\r\n")
-        return b"".join(lines) + b"\r\n"
-
-    def _give(self, error: LlmDaemonError) -> None:
-        """The error in the way that is still open: an answer, an event at the end of a stream, a body cut short."""
-        if self._head is None:
-            self._connection.reply_error(self._request, error, [self._own_headers()])
-            self._connection.finished(self._request)
-            return
-        keep = False
-        if self._head.content_type.startswith(b"text/event-stream") and self._head.length is None:
-            # An event broken off in its middle is closed first, else ours would be read as its end.
-            gap = b"" if not self._tail or self._tail.endswith((b"\n\n", b"\r\n\r\n")) else b"\n\n"
-            event = b"%bdata: %b\n\n" % (gap, error_body(error))
-            self._connection.write(chunk(event) + b"0\r\n\r\n" if self._chunked else event)
-            keep = self._chunked
-        self._connection.finished(self._request, keep=keep)
-
-
-def report(error: Exception) -> Bug:
-    """Tells the loop's handler about a failure of our own, which must not cost the client its answer."""
-    asyncio.get_running_loop().call_exception_handler({"message": "a request failed inside the daemon", "exception": error})
-    return Bug(f"the daemon could not take the request: {error!r}")
-
-
-def _judge_post(request: Request) -> LlmDaemonError | None:
+def _judge_post(request: Request, way: Way) -> LlmDaemonError | None:
     if request.method != "POST":
         return _wrong_method(request, "POST")
     kind = request.headers.get(b"content-type", b"").partition(b";")[0].strip().lower()
-    if kind != b"application/json" or b"content-type" in request.repeated:
-        return UsageError("the body must be sent as content-type application/json", code="bad_content_type", status=415)
+    wanted = ("multipart/form-data",) if way.multipart else ("application/json",)
+    if kind.decode("latin-1") not in wanted or b"content-type" in request.repeated:
+        return UsageError(f"the body must be sent as content-type {wanted[0]}", code="bad_content_type", status=415)
     if request.headers.get(b"content-encoding", b"identity").lower() != b"identity":
         return UsageError("the body must not be compressed", code="bad_content_type", status=415)
     return None
@@ -411,3 +347,20 @@ def _judge_post(request: Request) -> LlmDaemonError | None:
 
 def _wrong_method(request: Request, allowed: str) -> LlmDaemonError:
     return UsageError(f"{request.path[:100]} answers {allowed}", code="wrong_method", status=405, allow=allowed)
+
+
+def _bad_header(name: str, wanted: str, value: bytes) -> UsageError:
+    return UsageError(f"header {name} must be {wanted}, not {value[:60].decode('latin-1')!r}", code="bad_header")
+
+
+def _number(headers: dict[bytes, bytes], name: str, wanted: str) -> float | None:
+    text = headers.get(name.lower().encode())
+    if text is None:
+        return None
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not (isfinite(value) and 0 <= value <= 1e9):
+        raise _bad_header(name, wanted, text)
+    return value

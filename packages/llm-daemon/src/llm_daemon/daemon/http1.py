@@ -13,6 +13,7 @@ from http import HTTPStatus
 import httptools
 import msgspec
 
+from ..core.routes import Route
 from ..errors import LlmDaemonError, RemoteProtocolError, UsageError
 
 HEAD_LIMIT = 64 * 1024
@@ -30,18 +31,23 @@ _DROPPED = frozenset(
 class Request(msgspec.Struct):
     """One request.  `headers` has lower-case names; `repeated` names those that came more than once (the last one counts).
 
-    `path` is the target without its query.  With an `error` the request is only to be refused, and `body` was thrown
-    away.  `keep_alive` is False for the last request of a connection.
+    `path` is the target without its query, `query` what follows the question mark.  With an `error` the request is only
+    to be refused, and `body` was thrown away.  `keep_alive` is False for the last request of a connection.  `tunnel`
+    means that its answer may switch protocols; then it is the last one, and what follows it is not HTTP.
     """
 
     method: str = ""
     path: str = ""
+    query: bytes = b""
     version: str = "1.1"
     keep_alive: bool = True
     headers: dict[bytes, bytes] = {}
     repeated: frozenset[bytes] = frozenset()
     body: bytes = b""
     error: LlmDaemonError | None = None
+    route: Route | None = None  # left here by the judge
+    tunnel: bool = False
+    held: int = 0  # bytes of body that `RequestReader`'s `hold` granted
 
 
 class RequestReader:
@@ -50,10 +56,17 @@ class RequestReader:
     `judge` sees each request once its head is known; the error it returns is kept in the request, whose body is then
     not stored.  It must not raise.  `expecting` is True while a client waits for `100 Continue`.  After `failed` (the
     connection cannot be understood or trusted any further) and after a last request, all further bytes are ignored.
+    `hold` is asked before bytes of a body are kept, and may refuse; `is_partial` is True in the middle of a request.
     """
 
-    def __init__(self, judge: Callable[[Request], LlmDaemonError | None], *, body_limit: int) -> None:
-        self._judge, self._body_limit = judge, body_limit
+    def __init__(
+        self,
+        judge: Callable[[Request], LlmDaemonError | None],
+        *,
+        body_limit: int,
+        hold: Callable[[int], bool] = lambda size: True,
+    ) -> None:
+        self._judge, self._body_limit, self._hold = judge, body_limit, hold
         self._parser = httptools.HttpRequestParser(self)
         self._request: Request | None = None
         self._url = b""
@@ -65,6 +78,11 @@ class RequestReader:
         self._upgrade = self._resuming = False
         self._ready: list[Request] = []
         self.expecting = self.done = self.failed = False
+        self.rest = b""  # what came behind a request that switches protocols
+
+    @property
+    def is_partial(self) -> bool:
+        return not self.done and (self._request is not None or self._unfruitful > 0)
 
     def feed(self, data: bytes) -> list[Request]:
         """The requests that these bytes complete, in order."""
@@ -76,6 +94,8 @@ class RequestReader:
                 self._parser.feed_data(data)
             except httptools.HttpParserUpgrade as upgrade:
                 data = data[upgrade.args[0] :]
+                if self.done:  # a tunnel
+                    self.rest = data
                 self._resume()
                 if not self.done:
                     continue
@@ -87,9 +107,11 @@ class RequestReader:
         ready, self._ready = self._ready, []
         return ready
 
-    def stop(self) -> None:
-        """Forgets the unfinished request and ignores all further bytes."""
+    def stop(self) -> int:
+        """Forgets the unfinished request and ignores all further bytes; returns how many bytes of body it had."""
+        held = self._request.held if self._request is not None else 0
         self.done, self.expecting, self._request, self._body = True, False, None, []
+        return held
 
     def _resume(self) -> None:
         """Goes on after a head that offered an upgrade, which a server may ignore (RFC 9110, section 7.8).
@@ -105,11 +127,11 @@ class RequestReader:
         self._parser.feed_data(b"POST / HTTP/1.1\r\n%b\r\n" % b"".join(again))
         self._resuming = False
 
-    def _fail(self, status: int, message: str) -> None:
+    def _fail(self, status: int, message: str, code: str = "bad_request") -> None:
         if self.done:
             return
         request = self._request or Request()
-        self.failed, request.error = True, UsageError(message, code="bad_request", status=status)
+        self.failed, request.error = True, UsageError(message, code=code, status=status)
         self._finish(request, keep_alive=False)
 
     def _finish(self, request: Request, keep_alive: bool) -> None:
@@ -144,11 +166,12 @@ class RequestReader:
         self._upgrade = self._parser.should_upgrade()
         request.method = self._parser.get_method().decode("ascii")
         request.version = self._parser.get_http_version()
-        request.path = self._url.partition(b"?")[0].decode("latin-1")
+        path, _, request.query = self._url.partition(b"?")
+        request.path = path.decode("latin-1")
         request.headers = headers = dict(pairs)
         if len(headers) < len(pairs):
-            names = [name for name, _ in pairs]
-            request.repeated = frozenset(name for name in names if names.count(name) > 1)
+            seen: set[bytes] = set()  # and never a count for each: a head of many short lines would take seconds
+            request.repeated = frozenset(name for name, _ in pairs if name in seen or seen.add(name))  # type: ignore[func-returns-value]
         coding = headers.get(b"transfer-encoding")
         if request.version not in ("1.1", "1.0"):
             return self._fail(505, f"HTTP/{request.version} is not spoken here")
@@ -173,11 +196,16 @@ class RequestReader:
         request = self._request
         if request is None:
             return
-        self._size += len(piece)
-        if self._size > self._body_limit:
+        if self._size + len(piece) > self._body_limit:
             self._body = []
             self._fail(413, f"request body larger than {self._body_limit} bytes")
         elif request.error is None:
+            if not self._hold(len(piece)):
+                self._body = []
+                self._fail(503, "too many large requests are being sent at once", "busy")
+                return
+            self._size += len(piece)
+            request.held += len(piece)
             self._body.append(piece)
 
     def on_message_complete(self) -> None:
@@ -188,8 +216,9 @@ class RequestReader:
         if self._upgrade:  # llhttp reports the end of the head as the end of the message; see _resume
             self._upgrade = False
             if b"transfer-encoding" in request.headers or int(request.headers.get(b"content-length") or 0):
+                request.tunnel = False  # no protocol begins with a body
                 return
-        self._finish(request, keep_alive=self._parser.should_keep_alive())
+        self._finish(request, keep_alive=self._parser.should_keep_alive() and not request.tunnel)
 
 
 class Head(msgspec.Struct):
@@ -223,7 +252,9 @@ class ResponseReader:
         self._unfruitful = 0
         self.reset()
 
-    def reset(self) -> None:
+    def reset(self, may_switch: bool = False) -> None:
+        """`may_switch`: an answer of status 101 is one, and all bytes behind it are its body."""
+        self._may_switch, self._switched = may_switch, False
         self._reason = b""
         self._pairs: list[tuple[bytes, bytes]] = []
         self._broken = ""
@@ -238,11 +269,16 @@ class ResponseReader:
 
         Raises RemoteProtocolError when this is not an answer that can be relayed.
         """
+        if self._switched:
+            return None, [data], False
         self._unfruitful += len(data)
         try:
             self._parser.feed_data(data)
         except (httptools.HttpParserError, httptools.HttpParserUpgrade) as e:
-            if not self._complete:  # what follows a complete answer only costs the connection
+            if self._switched and isinstance(e, httptools.HttpParserUpgrade):
+                self._complete, self._unfruitful = False, 0
+                self._body = [rest] if (rest := data[e.args[0] :]) else []
+            elif not self._complete:  # what follows a complete answer only costs the connection
                 raise RemoteProtocolError(f"malformed HTTP answer: {e}") from None
             self.reusable = False
         if self._broken:
@@ -272,7 +308,8 @@ class ResponseReader:
         if self._complete:
             return
         status = self._parser.get_status_code()
-        if status < 200:
+        self._switched = status == 101 and self._may_switch
+        if status < 200 and not self._switched:
             self._interim, self._reason = True, b""
             if status == 101:
                 self._broken = "the engine switched protocols"
@@ -316,10 +353,12 @@ class ResponseReader:
             self._complete, self.reusable = True, self._parser.should_keep_alive()
 
 
-def request_bytes(path: str, headers: Iterable[tuple[bytes, bytes]], body: bytes) -> bytes:
-    """A POST to an engine.  The head is ours from the first to the last byte; `headers` come from an allow-list."""
+def request_bytes(target: bytes, headers: Iterable[tuple[bytes, bytes]], body: bytes, method: bytes = b"POST") -> bytes:
+    """A request to an engine.  The head is ours from the first to the last byte; `headers` come from an allow-list."""
     lines = b"".join([b"%b: %b\r\n" % pair for pair in headers])
-    return b"POST %b HTTP/1.1\r\nHost: localhost\r\n%bContent-Length: %d\r\n\r\n%b" % (path.encode(), lines, len(body), body)
+    if body or method not in (b"GET", b"HEAD"):
+        lines += b"Content-Length: %d\r\n" % len(body)
+    return b"%b %b HTTP/1.1\r\nHost: localhost\r\n%b\r\n%b" % (method, target, lines, body)
 
 
 def chunk(piece: bytes) -> bytes:

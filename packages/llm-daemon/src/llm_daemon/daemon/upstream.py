@@ -3,12 +3,16 @@
 Idle connections are kept for a moment, because a new one costs more than the rest of a relayed request.  A reused
 one may have been closed by the engine at that very time: then, if not one byte came back, the call is made once more
 on a fresh connection.
+
+An engine that `confirms` is told of a hang-up by half-closing the connection, and its own closing tells us that it has
+let go: only then its slot is free.  The others are closed at once.
 """
 
 from __future__ import annotations
 
 import asyncio
 import socket
+from collections.abc import Callable
 from contextlib import suppress
 from time import monotonic
 from typing import Protocol, cast
@@ -16,6 +20,7 @@ from typing import Protocol, cast
 from ..errors import LlmDaemonError, RemoteProtocolError
 from .http1 import Head, ResponseReader
 
+LET_GO = 5.0  # seconds an engine that confirms may need to let go of a request; then its connection is torn down
 _BACKLOG_WAIT = 5.0  # seconds to go on knocking while the engine's accept queue is full (cpp-httplib's holds 5)
 
 
@@ -32,12 +37,13 @@ class Sink(Protocol):
 
 
 class Call:
-    """One request on its way; `abort` closes its connection at once, before it returns."""
+    """One request on its way; `abort` tells the engine at once, before it returns."""
 
-    __slots__ = ("_link", "_pool", "_task", "message", "path", "sink", "started")
+    __slots__ = ("_link", "_pool", "_task", "confirms", "may_switch", "message", "path", "sink", "started")
 
-    def __init__(self, pool: Pool, path: str, message: bytes, sink: Sink) -> None:
+    def __init__(self, pool: Pool, path: str, message: bytes, sink: Sink, confirms: bool, may_switch: bool) -> None:
         self.path, self.message, self.sink, self._pool = path, message, sink, pool
+        self.confirms, self.may_switch = confirms, may_switch
         self.started = False  # a byte came back
         self._link: Link | None = None
         self._task: asyncio.Task[None] | None = None
@@ -46,13 +52,24 @@ class Call:
         else:
             self.connect()
 
-    def abort(self) -> None:
+    def abort(self, let_go: Callable[[], None] | None = None) -> None:
+        """`let_go` is called once, when the engine has: before this returns, or within LET_GO seconds."""
         task, link = self._task, self._link
         self.close()
         if task is not None:
             task.cancel()
+        if link is not None and let_go is not None and self.confirms:
+            link.leave(let_go)
+            return
         if link is not None:
             link.kill()
+        if let_go is not None:
+            let_go()
+
+    def write(self, data: bytes) -> None:
+        """More bytes for the engine, behind an answer that switched protocols."""
+        if self._link is not None:
+            self._link.transport.write(data)
 
     def pause(self) -> None:
         """Reads no more of the answer until `resume`: the client is slower than the engine."""
@@ -103,10 +120,12 @@ class Link(asyncio.Protocol):
         self._reader = ResponseReader()
         self._call: Call | None = None
         self._used = self._dead = False
+        self._let_go: Callable[[], None] | None = None
+        self._timer: asyncio.TimerHandle | None = None
 
     def send(self, call: Call) -> None:
         self._call = call
-        self._reader.reset()
+        self._reader.reset(call.may_switch)
         if self._dead:  # closed by the engine between connect and now
             self._lost(call, None)
             return
@@ -118,12 +137,36 @@ class Link(asyncio.Protocol):
         with suppress(OSError):
             self._sock.shutdown(socket.SHUT_RDWR)
         self.transport.abort()
+        self._gone()
+
+    def leave(self, let_go: Callable[[], None]) -> None:
+        """Tells the engine that nobody waits any more, and `let_go` when it has closed its side."""
+        self._call, self._let_go = None, let_go
+        if self._dead:
+            self._gone()
+            return
+        self._pool.leaving.add(self)
+        with suppress(OSError):
+            self._sock.shutdown(socket.SHUT_WR)
+        self.transport.resume_reading()  # a slow client may have paused it: its end would not be seen
+        self._timer = asyncio.get_running_loop().call_later(LET_GO, self.kill)
+
+    def _gone(self) -> None:
+        self._pool.leaving.discard(self)
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        let_go, self._let_go = self._let_go, None
+        if let_go is not None:
+            let_go()
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self.transport = cast(asyncio.Transport, transport)
 
     def data_received(self, data: bytes) -> None:
         call = self._call
+        if self._let_go is not None:  # what it had still to say
+            return
         if call is None:  # an answer nobody asked for
             self._pool.forget(self)
             self.kill()
@@ -149,6 +192,7 @@ class Link(asyncio.Protocol):
     def connection_lost(self, exc: Exception | None) -> None:
         self._dead = True
         self._pool.forget(self)
+        self._gone()
         call, self._call = self._call, None
         if call is not None:
             self._lost(call, exc)
@@ -174,11 +218,16 @@ class Pool:
         self._idle: dict[str, list[tuple[Link, float]]] = {}
         self._timer: asyncio.TimerHandle | None = None
         self.calls: set[Call] = set()
+        self.leaving: set[Link] = set()  # told to let go of their last call
         self.speaking: set[str] = set()  # paths of engines that sent something since `heard` was asked
 
-    def call(self, path: str, message: bytes, sink: Sink) -> Call:
-        """Sends `message` to the engine at the unix socket `path`; the sink hears of it later, never before this returns."""
-        call = Call(self, path, message, sink)
+    def call(self, path: str, message: bytes, sink: Sink, *, confirms: bool = False, may_switch: bool = False) -> Call:
+        """Sends `message` to the engine at the unix socket `path`; the sink hears of it later, never before this returns.
+
+        `confirms`: the engine notices a half-closed connection and closes it when it has let go of the request.
+        `may_switch`: its answer may switch protocols; then `Call.write` sends more.
+        """
+        call = Call(self, path, message, sink, confirms, may_switch)
         self.calls.add(call)
         return call
 
@@ -197,6 +246,8 @@ class Pool:
         for call in [c for c in self.calls if path in (None, c.path)]:
             call.abort()
             call.sink.lost("its connections were cut", error)
+        for link in [link for link in self.leaving if path in (None, link.path)]:
+            link.kill()
         for key in list(self._idle) if path is None else [path]:
             for link, _ in self._idle.pop(key, ()):
                 link.kill()

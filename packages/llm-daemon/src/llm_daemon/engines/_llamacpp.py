@@ -26,6 +26,10 @@ ROUTES = frozenset(
     }
 )
 
+# It looks for a hang-up when a result of this request comes, or when a second passed without any request's result
+# (server-queue.cpp): so only streams are let go of at once.
+ASSEMBLED = frozenset({"/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/messages", "/completion", "/infill"})
+
 # MiB of host memory for prompts of past conversations; the server's own default of 8192 would be taken silently.
 CACHE_RAM_MIB = 256
 

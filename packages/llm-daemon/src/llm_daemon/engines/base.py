@@ -82,6 +82,10 @@ class Plan:
     to the engine's working folder).  `slots`: requests it serves at once.  `stall` is how many seconds may pass while
     loading or answering without a byte of log or answer, a change of state, disk reads or CPU time used, before it counts
     as stuck (core/silence.py).
+
+    `assembled`: routes whose plain answers the gateway asks for as streams, because the engine would notice a hang-up too
+    late otherwise (core/assemble.py).  `confirms_hangup`: it takes a half-closed connection for a hang-up, and closes its
+    side once it has let go of the request; without that, a hang-up closes the connection and the slot counts as free.
     """
 
     argv: tuple[str, ...]
@@ -91,6 +95,8 @@ class Plan:
     stop: Stop = field(default_factory=Stop)
     slots: int = 1
     stall: float = 120.0
+    assembled: frozenset[str] = frozenset()
+    confirms_hangup: bool = False
 
 
 # Words for what went wrong while starting, found by an adapter in the log's last lines.

@@ -91,7 +91,10 @@ class LlamaServer:
             if name := next((n for n in names if n in known), None):
                 argv += [name] if value is None else [name, value]
         # Its own configuration file is looked for below XDG_CONFIG_HOME: in the private folder there is none.
-        return Plan((*argv, *grant.args), grant.socket, env={"XDG_CONFIG_HOME": "."}, slots=grant.parallel)
+        return Plan(
+            (*argv, *grant.args), grant.socket, env={"XDG_CONFIG_HOME": "."}, slots=grant.parallel,
+            assembled=_llamacpp.ASSEMBLED, confirms_hangup=True,
+        )  # fmt: skip
 
 
 def unsuited(flags: frozenset[str], libc: tuple[str, str]) -> str | None:

@@ -123,7 +123,7 @@ class Xllamacpp:
             **_settings(grant.args),
         }
         argv = (*where.argv, json.dumps(params, separators=(",", ":")))
-        return Plan(argv, grant.socket, slots=grant.parallel)
+        return Plan(argv, grant.socket, slots=grant.parallel, assembled=_llamacpp.ASSEMBLED, confirms_hangup=True)
 
 
 def _settings(args: Sequence[str]) -> dict[str, Any]:

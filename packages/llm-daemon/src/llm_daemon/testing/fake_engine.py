@@ -43,6 +43,7 @@ from ..spec import Spec
 
 SERVER = os.path.join(os.path.dirname(os.path.abspath(__file__)), "_fake_server.py")
 SUFFIX = ".fake.json"
+STREAMS = frozenset({"/v1/chat/completions", "/v1/completions", "/completion", "/infill"})
 
 
 class FakeEngine:
@@ -83,8 +84,12 @@ class FakeEngine:
         )
         with open(grant.model_path) as f:
             scenario = json.load(f)
-        stall = scenario.get("stall", self.stall)
-        return Plan(argv, grant.socket, slots=grant.parallel, stall=stall, stop=Stop(scenario.get("grace", self.grace)))
+        late = scenario.get("ignores_disconnect")
+        return Plan(
+            argv, grant.socket, slots=grant.parallel, stall=scenario.get("stall", self.stall),
+            stop=Stop(scenario.get("grace", self.grace)), assembled=STREAMS if late == "nonstream" else frozenset(),
+            confirms_hangup=late is not True,
+        )  # fmt: skip
 
     def diagnose(self, exit_status: int | None, last_words: str) -> tuple[str, str]:
         lines = [line for line in last_words.splitlines() if line.startswith("error: ")]

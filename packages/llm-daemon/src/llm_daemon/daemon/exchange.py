@@ -1,0 +1,425 @@
+"""One request that somebody else answers: its turn with the desk, the engine's answer, its one end.
+
+Every way out ends the ticket exactly once: `Desk.cancel` (gone while waiting), the desk's own `Turn.refuse`, or
+`Desk.ended` (after `Turn.run`).  A running ticket whose client is gone is over for the client at once, and for the desk
+when the engine has let go of it: until then its slot is not free.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from contextlib import suppress
+from dataclasses import dataclass
+from time import perf_counter
+from typing import TYPE_CHECKING, Protocol
+
+import msgspec
+
+from ..core.assemble import Assembler, ask_to_stream
+from ..core.openai import error_body
+from ..core.routes import Kind, Route as Way
+from ..errors import Bug, EngineError, LlmDaemonError, RemoteProtocolError
+from .http1 import Head, Request, chunk, request_bytes
+from .upstream import Call
+
+if TYPE_CHECKING:
+    from .connection import Connection
+    from .gateway import Gateway
+
+# What of a request's head an engine gets to see; what only its own web page needs is for the passed routes.
+_FORWARDED = (b"content-type", b"accept", b"user-agent")
+_PASSED = (
+    *_FORWARDED, b"accept-language", b"cache-control", b"range", b"if-range", b"if-none-match", b"if-modified-since",
+    b"last-event-id",
+)  # fmt: skip
+_SWITCHING = (b"sec-websocket-key", b"sec-websocket-version", b"sec-websocket-protocol", b"sec-websocket-extensions")
+
+
+class Ask(msgspec.Struct, frozen=True):
+    """A request that wants an engine.  `model` is None when it names none; `via` is `tcp`, `unix` or `tls`.
+
+    `deadline` is seconds from now until it must have begun, `keep_alive` seconds that its model stays when idle.
+    `peer` is the client's process id where the kernel tells it, else 0.
+    """
+
+    ticket: str
+    path: str
+    model: str | None
+    stream: bool
+    via: str
+    lane: str = "regular"
+    supersede: str | None = None
+    deadline: float | None = None
+    keep_alive: float | None = None
+    peer: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Route:
+    """Where a request goes: the engine's unix socket.  `headers` are added to what the engine gets (a key of its own).
+
+    `assembled`: paths whose plain answers are asked for as streams, because the engine notices only then that the
+    client is gone.  `confirms`: see upstream.py.
+    """
+
+    instance: str
+    socket: str
+    headers: tuple[tuple[str, str], ...] = ()
+    assembled: frozenset[str] = frozenset()
+    confirms: bool = False
+
+
+class Turn(Protocol):
+    """A waiting request, as the desk sees it.  Calls that come too late (the client is gone) do nothing."""
+
+    def run(self, route: Route, loaded_for: float = 0.0) -> None:
+        """The slot is yours: relay now.  `loaded_for`: seconds of the waiting in which the model was not ready."""
+        ...
+
+    def refuse(self, error: LlmDaemonError) -> None:
+        """Ends a waiting ticket: the client gets the error, `Retry-After` from `error.data["retry_after"]`."""
+        ...
+
+    def abort(self, error: LlmDaemonError) -> None:
+        """Breaks off a running ticket: the client gets the error now, and `Desk.ended` follows when the engine has let go."""
+        ...
+
+
+class Exchange:
+    """One ticket."""
+
+    def __init__(self, gateway: Gateway, connection: Connection, request: Request, way: Way, ask: Ask) -> None:
+        self.ask, self._gateway, self._connection, self.request, self._way = ask, gateway, connection, request, way
+        self._state = "new"  # new → waiting → running → over
+        self._route: Route | None = None
+        self._call: Call | None = None
+        self._assembler: Assembler | None = None
+        self._head: Head | None = None  # of the answer, once some of it was given to the client
+        self._chunked = False  # how the client gets the body
+        self._replayed = False  # taken back by the desk once: never a second time
+        self._keep = True  # the client can tell where the answer ends
+        self._tail = b""  # last piece of an event stream
+        self.opened = self.ran = self.loaded_for = 0.0
+        self.headed = self.first = 0.0  # perf_counter at the engine's head, and at its first piece of body
+        self.sent = self.pieces = self.status = 0
+        self.code = ""
+        self._told = False
+
+    def open(self) -> None:
+        self._state, self.opened = "waiting", perf_counter()
+        self._gateway.busy += 1
+        try:
+            self._open()
+        except LlmDaemonError as e:
+            self.refuse(e)
+        except Exception as e:
+            self.refuse(report(e))
+
+    # -- called by the desk
+
+    def run(self, route: Route, loaded_for: float = 0.0) -> None:
+        if self._state != "waiting":
+            return
+        self._state, self._route, self.ran, self.loaded_for = "running", route, perf_counter(), loaded_for
+        request, path = self.request, self._way.path
+        body = request.body
+        if not self.ask.stream and path in route.assembled and (asked := ask_to_stream(path, body)) is not None:
+            body, self._assembler = asked
+        self._call = self._gateway.pool.call(
+            route.socket, self._message(route, body), self, confirms=route.confirms, may_switch=request.tunnel
+        )
+
+    def refuse(self, error: LlmDaemonError) -> None:
+        if self._state == "running":  # a desk that knows nothing of `abort`
+            self.abort(error)
+        elif self._state != "over":
+            self._end()
+            self._give(error)
+
+    def abort(self, error: LlmDaemonError) -> None:
+        if self._state == "running":
+            self._leave()
+            self._give(error)
+
+    # -- called by the connection
+
+    def hang_up(self) -> None:
+        """The client is gone."""
+        self.code = self.code or "hung_up"
+        if self._state == "running":
+            self._aborting()
+            self._leave()
+        elif self._state != "over":
+            self._end()
+            self._gone()
+
+    def break_off(self, error: LlmDaemonError) -> None:
+        """The daemon goes: the client gets the error, the ticket is cancelled."""
+        if self._state != "over":
+            self.hang_up()
+            self._give(error)
+
+    def client_sent(self, data: bytes) -> None:
+        """Bytes behind a request that switched protocols."""
+        if self._call is not None:
+            self._call.write(data)
+
+    def pause(self) -> None:
+        if self._call is not None:
+            self._call.pause()
+
+    def resume(self) -> None:
+        if self._call is not None:
+            self._call.resume()
+
+    # -- called by the engine's side
+
+    def answer(self, head: Head | None, body: list[bytes], last: bool) -> None:
+        if body:
+            self.first = self.first or perf_counter()
+            self.pieces += len(body)
+        if self._assembler is not None and self._swallow(head, body, last):
+            return
+        out = []
+        if head is not None:
+            self.headed = perf_counter()
+            self.request.body = b""  # no way back from here
+            out.append(self._begin(head))
+            if self.request.method == "HEAD":
+                body, last = [], last or self._skip_body()
+        if self._chunked:
+            # Framed anew, piece by piece as they came: an engine that breaks off inside a chunk then leaves us at the
+            # end of one, and nothing in its framing (extensions, trailers, lies) reaches the client.
+            out += [chunk(piece) for piece in body]
+            if last and self.request.method != "HEAD":
+                out.append(b"0\r\n\r\n")
+        else:
+            out += body
+        if body:
+            self._tail = body[-1]
+        if out:
+            self._write(b"".join(out))
+        if last:
+            self._finish()
+
+    def lost(self, reason: str, error: LlmDaemonError | None = None) -> None:
+        instance = self._route.instance if self._route else "?"
+        error = error or EngineError(
+            f"the engine of {instance} did not answer in full: {reason}",
+            code="engine_gone",
+            hint="ask again; `llm-daemon logs` shows the engine's last words",
+        )
+        if self._head is None and not self._replayed:
+            self._replayed, self._state, self._call, self._assembler = True, "waiting", None, None
+            if self._lost(error):
+                return
+            self._replayed = False
+        self._end()
+        self._ended(False)
+        self._give(error)
+
+    # -- the desk, for those who have a ticket; a visit has none
+
+    def _open(self) -> None:
+        self._gateway.desk.open(self.ask, self)
+
+    def _gone(self) -> None:
+        self._gateway.desk.cancel(self.ask.ticket)
+        self._over()
+
+    def _aborting(self) -> None:
+        self._gateway.desk.aborting(self.ask.ticket)
+
+    def _ended(self, served: bool) -> None:
+        self._gateway.desk.ended(self.ask.ticket, served)
+
+    def _lost(self, error: LlmDaemonError) -> bool:
+        return self._gateway.desk.lost(self.ask, self, error)
+
+    # -- inside
+
+    def _message(self, route: Route, body: bytes) -> bytes:
+        """What the engine is asked."""
+        request, way = self.request, self._way
+        given, names = request.headers, _FORWARDED
+        target, method = way.path.encode("latin-1"), b"POST"
+        if way.kind is not Kind.RELAYED:
+            names, method = _PASSED, request.method.encode()
+            method = b"GET" if method == b"HEAD" else method  # its answer's head alone would not say where the body ends
+            target += b"?" + request.query if request.query else b""
+        headers = [(name, given[name]) for name in names if name in given]
+        if self._assembler is not None:
+            headers = [(b"content-type", b"application/json"), (b"accept", b"text/event-stream")]
+        if request.tunnel:
+            headers += [(name, given[name]) for name in _SWITCHING if name in given]
+            headers += [(b"connection", b"upgrade"), (b"upgrade", b"websocket")]
+        if route.headers:
+            headers += [(name.encode("ascii"), value.encode("ascii")) for name, value in route.headers]
+        return request_bytes(target, headers, body, method)
+
+    def _leave(self) -> None:
+        """Lets go of the engine; the ticket ends when the engine has let go of it."""
+        call, self._call, self._state = self._call, None, "over"
+
+        def let_go() -> None:
+            self._gateway.busy -= 1
+            self._ended(False)
+
+        if call is None:
+            let_go()
+        else:
+            call.abort(let_go)
+        self._over()
+
+    def _over(self) -> None:
+        """For the client it is over, whatever the engine still does."""
+        if not self._told:
+            self._told = True
+            self._gateway.over(self)
+
+    def _end(self) -> None:
+        self._state, self._call = "over", None
+        self._gateway.busy -= 1
+
+    def _finish(self) -> None:
+        """The engine has answered in full."""
+        self._end()
+        self._ended(True)
+        self._over()
+        self._connection.finished(self.request, keep=self._keep)
+
+    def _skip_body(self) -> bool:
+        """For HEAD: the engine is asked for the whole and let go after its head."""
+        call = self._call
+        if call is not None:
+            call.abort()
+        return True
+
+    def _write(self, data: bytes) -> None:
+        self.sent += len(data)
+        self._connection.write(data)
+
+    def _swallow(self, head: Head | None, body: list[bytes], last: bool) -> bool:
+        """Takes a piece of the stream that an answer is made of; False if the engine's answer is no stream: then it is passed on."""
+        assert self._assembler is not None
+        if head is not None:
+            self.headed = perf_counter()
+            if head.status != 200 or not head.content_type.startswith(b"text/event-stream"):
+                self._assembler = None
+                return False
+        try:
+            for piece in body:
+                self._assembler.feed(piece)
+            if last:
+                status, whole = self._assembler.finish()
+        except RemoteProtocolError as e:
+            call, self._call = self._call, None
+            if call is not None and not last:
+                call.abort()
+            self.lost(e.message)
+            return True
+        if last:
+            self.status = status
+            headers = [self._own_headers(), *self._gateway.cors(self.request)]
+            self._connection.reply(self.request, status, whole, headers)
+            self.sent += len(whole)
+            self._finish()
+        return True
+
+    def _own_headers(self) -> bytes:
+        """Header lines of the ticket."""
+        now, ticket = perf_counter(), self.ask.ticket
+        if self._route is None:
+            text = f"X-LLM-Ticket: {ticket}\r\nServer-Timing: queue;dur={(now - self.opened) * 1e3:.3f}\r\n"
+        else:
+            load, queue = self.loaded_for, max(0.0, self.ran - self.opened - self.loaded_for)
+            timing = f"queue;dur={queue * 1e3:.3f}, load;dur={load * 1e3:.3f}, engine;dur={(now - self.ran) * 1e3:.3f}"
+            instance = self._route.instance
+            if not (instance.isascii() and instance.isprintable()):  # a model's name may hold anything
+                instance = ascii(instance)
+            text = f"X-LLM-Ticket: {ticket}\r\nX-LLM-Instance: {instance}\r\nServer-Timing: {timing}\r\n"
+            if self._replayed:
+                text += "X-LLM-Replayed: 1\r\n"
+        return text.encode("ascii")
+
+    def _begin(self, head: Head) -> bytes:
+        """Our head for the engine's answer: its status line and end-to-end headers, our framing."""
+        self._head, old = head, self.request.version == "1.0"
+        self.status = head.status
+        lines = [b"HTTP/1.1 %d %b\r\n" % (head.status, head.reason), *head.lines, self._own_headers()]
+        lines += self._gateway.cors(self.request)
+        if head.status == 101:
+            self._keep = False
+            return b"".join([*lines, b"Connection: upgrade\r\nUpgrade: websocket\r\n\r\n"])
+        self._chunked = head.chunked and not old
+        if self._chunked:
+            lines.append(b"Transfer-Encoding: chunked\r\n")
+        elif head.chunked or head.until_close:
+            self._keep = False
+        elif head.length is not None:
+            lines.append(b"Content-Length: %b\r\n" % head.length)
+        if old or not (self._keep and self.request.keep_alive):
+            lines.append(b"Connection: close\r\n")
+        return b"".join(lines) + b"\r\n"
+
+    def _give(self, error: LlmDaemonError) -> None:
+        """The error in the way that is still open: an answer, an event at the end of a stream, a body cut short."""
+        self.code = error.code
+        if self._head is None:
+            self.status = error.status
+            headers = [self._own_headers(), *self._gateway.cors(self.request)]
+            self._over()
+            self._connection.reply_error(self.request, error, headers)
+            self._connection.finished(self.request)
+            return
+        self._over()
+        keep = False
+        if self._head.content_type.startswith(b"text/event-stream") and self._head.length is None:
+            # An event broken off in its middle is closed first, else ours would be read as its end.
+            gap = b"" if not self._tail or self._tail.endswith((b"\n\n", b"\r\n\r\n")) else b"\n\n"
+            event = b"%bdata: %b\n\n" % (gap, error_body(error))
+            self._connection.write(chunk(event) + b"0\r\n\r\n" if self._chunked else event)
+            keep = self._chunked
+        self._connection.finished(self.request, keep=keep)
+
+
+class Visit(Exchange):
+    """A request for the admin app: it needs no ticket, wakes nobody and keeps nobody alive."""
+
+    _task: asyncio.Task[None] | None = None
+
+    def _open(self) -> None:
+        self._task = asyncio.get_running_loop().create_task(self._visit())
+
+    async def _visit(self) -> None:
+        try:
+            path = await self._gateway.desk.admin()
+        except Exception as e:
+            self.refuse(report(e))
+        else:
+            self.run(Route("", path))
+
+    def _gone(self) -> None:
+        if self._task is not None:
+            self._task.cancel()
+
+    def _aborting(self) -> None:
+        pass
+
+    def _ended(self, served: bool) -> None:
+        pass
+
+    def _lost(self, error: LlmDaemonError) -> bool:
+        return False
+
+    def _own_headers(self) -> bytes:
+        return b""
+
+
+def report(error: Exception) -> Bug:
+    """Tells the loop's handler about a failure of our own, which must not cost the client its answer."""
+    with suppress(RuntimeError):
+        asyncio.get_running_loop().call_exception_handler(
+            {"message": "a request failed inside the daemon", "exception": error}
+        )
+    return Bug(f"the daemon could not take the request: {error!r}")
