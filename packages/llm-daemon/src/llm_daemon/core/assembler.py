@@ -68,7 +68,7 @@ class Assembler:
         - a message begins with a part of a character: then no `message_start` comes;
         - a token comes without the probabilities that were asked for, as speculative decoding does.
 
-        It is seen by counting tokens, so it may be said too often, but not too seldom.
+        It is judged by counting tokens, rather too often than too seldom.
         """
         if self._error is not None:
             status = self._error.get("code")
