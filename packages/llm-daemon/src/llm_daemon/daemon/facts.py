@@ -1,0 +1,127 @@
+"""The daemon's side of the admin app (admin/facts.py): thin calls, and the answers of `explain` on the control socket."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping
+from contextlib import suppress
+from time import monotonic
+from typing import TYPE_CHECKING, Any
+
+from .. import errors, paths
+from ..config import Settings
+from ..core import events as ev
+from ..core.instance import Instance
+from . import identity
+from .history import History
+from .journal import Journal
+
+if TYPE_CHECKING:
+    from .app import Daemon
+
+TOLD = frozenset({"explain", "history"})  # methods of a CALL that are answered here
+ANSWER_FIRST = 0.1  # seconds a `stop` waits, so that its answer is through the gateway before the gateway is gone
+
+
+class DaemonFacts:
+    """`Facts` of a daemon.  Everything on the loop's thread."""
+
+    def __init__(self, daemon: Daemon) -> None:
+        self._daemon = daemon
+        settings: Settings = daemon.settings
+        history = History(paths.history_file(), settings.history_limit) if settings.history_limit else None
+        self._leaving: asyncio.Task[None] | None = None
+        self.journal = Journal(history, keeps_bodies=settings.history_prompts, instance=self._instance, who=self._who)
+
+    def _instance(self, instance: str) -> Instance | None:
+        return self._daemon.machine.instances.get(instance)
+
+    def _who(self, lease: str) -> str:
+        holder = self._daemon.control.holders.get(lease)
+        if holder is None:
+            return "a person at the dashboard" if lease in self._daemon.control.inner else "a client"
+        return f"{identity.program(holder.pid) or 'a client'} (pid {holder.pid})"
+
+    # What there is --------------------------------------------------------------------------------------------
+    def status(self) -> dict[str, Any]:
+        from .status import status
+
+        return status(self._daemon)
+
+    def tickets(self) -> list[dict[str, Any]]:
+        now, found = monotonic(), []
+        machine = self._daemon.machine
+        for ticket, came in self.journal.arrived.items():
+            it = machine.instances.get(machine.tickets.get(ticket, ""))
+            one: dict[str, Any] = {"ticket": ticket, "state": "waiting", "total_s": now - came}
+            if it is not None:
+                state = "running" if ticket in it.lane.running else "waiting"
+                one |= {"state": state, "instance": it.id, "model": it.spec.model}
+            if (turn := self._daemon.turns.get(ticket)) is not None:
+                ask = getattr(turn, "ask", None)  # a gateway's request knows more than its turn
+                names = ("path", "stream", "via", "lane")
+                one |= {name: value for name in names if (value := getattr(ask, name, None)) is not None}
+            found.append(one)
+        return found
+
+    # What is to be done ---------------------------------------------------------------------------------------
+    async def load(self, model: str) -> dict[str, Any]:
+        daemon = self._daemon
+        await daemon.supervisor.ready()
+        spec = daemon.supervisor.resolve(model)
+        lease = daemon.control.name()
+        answer: asyncio.Future[dict[str, Any]] = asyncio.get_running_loop().create_future()
+
+        def told(op: str, fields: Mapping[str, Any]) -> None:
+            if answer.done() or op == "PROGRESS":
+                return
+            if op == "READY":
+                answer.set_result(dict(fields))
+            else:
+                answer.set_exception(errors.from_wire(dict(fields["error"])))
+
+        daemon.control.inner[lease] = told
+        try:
+            daemon.post(ev.Joined(lease))  # a lease for as long as we wait: the daemon must not leave meanwhile
+            daemon.post(ev.Want(lease, 0, spec))
+            return await answer
+        finally:
+            del daemon.control.inner[lease]
+            daemon.post(ev.Left(lease))
+
+    async def unload(self, model: str, force: bool) -> dict[str, Any]:
+        return await self._stop(model, force)
+
+    async def stop(self, force: bool) -> dict[str, Any]:
+        machine = self._daemon.machine
+        if machine.leases.holders and not force:
+            return await self._stop(None, force)  # says who is in the way
+        stopped = [it.spec.model for it in machine.instances.values() if it.has_process]
+        self._leaving = asyncio.create_task(self._leave(force))
+        return {"stopped": stopped, "daemon": True}
+
+    async def _leave(self, force: bool) -> None:
+        await asyncio.sleep(ANSWER_FIRST)
+        with suppress(errors.Unavailable):  # somebody came meanwhile
+            await self._stop(None, force)
+
+    async def _stop(self, model: str | None, force: bool) -> dict[str, Any]:
+        return await self._daemon.call("stop", {"model": model, "force": force}, lambda *_, **__: None)
+
+    def cancel(self, ticket: str) -> bool:
+        turn = self._daemon.turns.pop(ticket, None)
+        if turn is None:
+            return False
+        turn.refuse(errors.Unavailable("the request was cancelled by hand", code="cancelled", status=499))
+        self._daemon.post(ev.Ended(ticket))
+        return True
+
+    # The control socket ---------------------------------------------------------------------------------------
+    async def tell(self, method: str, params: Mapping[str, Any]) -> dict[str, object]:
+        """Answers CALL `explain` (`ticket`, `limit`) and `history` (`model`, `limit`), both of explain.py."""
+        from . import explain
+
+        ticket, model, limit = params.get("ticket"), params.get("model"), explain.limited(params.get("limit"))
+        if method == "explain":
+            return await explain.explain(self.journal, None if ticket is None else str(ticket), limit, self.tickets())
+        return {"tickets": await explain.recent(self.journal, limit, None if model is None else str(model))}
