@@ -56,7 +56,7 @@ def address(base_url: str, key: str) -> str:
 
 
 def door(folder: str, url: str) -> Path:
-    """A page of our own that leads to `url`: every user of the machine can see a browser's arguments, and must not see the key."""
+    """A page of our own that leads to `url`: every user of the machine sees a browser's arguments, and must not see the key."""
     from html import escape
 
     path, new = Path(folder, DOOR), Path(folder, "ui.new")

@@ -155,15 +155,15 @@ class History:
         os.close(os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
         db = sqlite3.connect(self.path, timeout=BUSY)
         try:
+            found = db.execute("pragma user_version").fetchone()[0]
+            if found > FORMAT:
+                raise ValueError(f"it was written by a newer version (format {found})")
             # A write-ahead log needs memory shared by all who have the file, which two machines do not have.
             mode = "truncate" if network_filesystem(folder) else "wal"
             with suppress(sqlite3.OperationalError):  # another daemon is just doing it
                 db.execute(f"pragma journal_mode = {mode}")
             for line in SETUP:
                 db.execute(f"pragma {line}")
-            found = db.execute("pragma user_version").fetchone()[0]
-            if found > FORMAT:
-                raise ValueError(f"it was written by a newer version (format {found})")
             if found < FORMAT:
                 db.executescript(TABLES)
         except BaseException:

@@ -216,7 +216,7 @@ class Journal:
             case _:
                 cause = "requests wait for it"
         life = self._lives[command.instance] = _Life(command.spec.model, now)
-        self._of(command.instance, life, "loading", f"{life.model} is loaded: {cause}")
+        self._of(command.instance, life, "loading", f"{life.model} begins to load: {cause}")
 
     def _up(self, event: ev.Up, now: float) -> None:
         life = self._lives.get(event.instance)

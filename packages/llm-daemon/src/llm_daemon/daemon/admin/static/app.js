@@ -116,7 +116,7 @@ function modelRow(it) {
     make("td", { class: "name" }, it.model, error ? make("span", { class: "note" }, error) : null),
     cell(make("span", { class: `mark ${it.state}` }, p ? `${p.phase ?? "loading"}${percent}` : it.state)),
     cell(it.engine || "–", "", it.engine_version), cell(size(it.memory_bytes)), cell(it.context ?? "–"),
-    make("td", {}, slots, `${it.running}/${it.slots}${waits}`), cell(it.leases.length), cell(it.closes_in === null ? "–" : `in ${duration(it.closes_in)}`),
+    make("td", {}, it.slots ? slots : null, it.slots || it.waiting ? `${it.running}/${it.slots}${waits}` : "–"), cell(it.leases.length), cell(it.closes_in === null ? "–" : `in ${duration(it.closes_in)}`),
     make("td", { class: "act" }, it.pid ? make("button", { type: "button", onclick: (event) => unload(it, event.target) }, "Unload") : null),
   ];
 }
@@ -212,7 +212,7 @@ function keep(record) {
 async function catchUp() {  // what was before we listened; what came meanwhile is newer
   const [told, now] = await Promise.all([json(`/api/explain?limit=${KEPT}`), json("/api/tickets")]);
   for (const r of told.recent.reverse()) if (!records.has(r.ticket)) keep(r);
-  if (!story.length) story = told.events.reverse();
+  story = [...told.events.reverse().filter((e) => !story.length || e.time < story[0].time), ...story];
   const at = performance.now() / 1000;
   live = new Map(now.tickets.filter((r) => !records.has(r.ticket)).map((r) => [r.ticket, { ...r, since: at - r.total_s }]));
   show();

@@ -71,7 +71,7 @@ export function picture(box, rows, { full, choose, cancel }) {
     return;
   }
   const width = Math.max(box.clientWidth, 320), narrow = width < 700;
-  const left = narrow ? 130 : 270, right = narrow ? 96 : 176, room = width - left - right;
+  const left = narrow ? 134 : 270, right = narrow ? 128 : 176, room = width - left - right;
   const most = Math.max(...rows.map((r) => r.total_s), 0.001);
   const height = TOP + rows.length * ROW + 4;
   const svg = draw("svg", { viewBox: `0 0 ${width} ${height}`, height, role: "list", "aria-label": "Requests, newest first" });
