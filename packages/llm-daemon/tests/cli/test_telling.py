@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from llm_daemon import paths
+from llm_daemon import errors, paths
 from llm_daemon.cli import ui
 from llm_daemon.core import events as ev
 from llm_daemon.daemon.history import History
@@ -85,6 +85,17 @@ def test_explain_asks_the_daemon(cli: Cli, daemon: FakeDaemon) -> None:
     daemon.answers["explain"] = {**told, "ticket": {**live, "parts": {}}}
     assert cli("explain", "t-9").out == "request t-9: waiting, for 3.00 s; /infill, smollm2-135m, interactive lane\n"
     assert daemon.calls("explain") == [{"ticket": None, "limit": 7}, {"ticket": "t-9", "limit": 20}]
+
+
+def test_explain_when_the_daemon_ends_meanwhile(cli: Cli, daemon: FakeDaemon) -> None:
+    write_history({})
+    daemon.answers["explain"] = "die"
+    assert cli("explain").out.startswith("request t-1: served (200)")
+
+
+def test_explain_that_the_daemon_refuses(cli: Cli, daemon: FakeDaemon) -> None:
+    daemon.answers["explain"] = errors.UsageError("no request 't-9' is known", code="unknown_ticket", status=404)
+    assert cli("explain", "t-9").status == 2
 
 
 def test_explain_of_a_file_that_is_none(cli: Cli) -> None:

@@ -160,7 +160,7 @@ async def test_metrics(folder: Path) -> None:
     assert value("engine_seconds_sum", model, regular) == 0.25 and value("first_byte_seconds_sum", model, regular) == 1.76
     assert value("waiting", model, regular) == 3 and value("running", model) == 1 and value("slots", model) == 2
     assert value("loads_total", model, ("outcome", "ready")) == 1 and value("load_seconds_sum", model) == 2.0
-    assert value("tokens_total", model, ("kind", "completion")) == 52
+    assert value("tokens_total", model, regular, ("kind", "completion")) == 52
     assert value("models_loaded") == 1 and value("leases") == 1 and value("uptime_seconds") == 60
     assert value("memory_bytes") == 22e6 and value("engine_memory_bytes", model) == 350e6
     assert value("history_lost_total") == 0 and value("info", ("version", "1.2.3")) == 1

@@ -211,13 +211,15 @@ def test_tickets_are_counted() -> None:
     journal.ticket(record())
     journal.ticket(record("t-2", end="shed", lane="interactive", first_token_s=None, bytes_out=10))
     journal.ticket(record("t-3", end="refused", instance="", model="anything a client may say", replayed=False))
-    counts = journal.tally
-    assert counts.requests == {
-        ("smollm2-135m", "regular", "served"): 1, ("smollm2-135m", "interactive", "shed"): 1, ("", "regular", "refused"): 1,
-    }  # fmt: skip
-    assert counts.queue["smollm2-135m", "regular"].total == 0.5
-    assert ("smollm2-135m", "interactive") not in counts.engine
-    assert counts.tokens["smollm2-135m", "completion"] == 104 and counts.sent["smollm2-135m",] == 2010
+    rows = journal.tally.rows
+    assert {key: row.ends for key, row in rows.items()} == {
+        ("smollm2-135m", "regular"): {"served": 1},
+        ("smollm2-135m", "interactive"): {"shed": 1},
+        ("", "regular"): {"refused": 1},
+    }
+    regular, shed = rows["smollm2-135m", "regular"], rows["smollm2-135m", "interactive"]
+    assert (regular.queue.total, shed.engine.total, shed.queue.total) == (0.5, 0.0, 0.5)
+    assert (regular.completion_tokens, regular.prompt_tokens, regular.sent) == (52, 12, 2000)
 
 
 def test_a_client_cannot_invent_numbers_without_end(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -225,7 +227,7 @@ def test_a_client_cannot_invent_numbers_without_end(monkeypatch: pytest.MonkeyPa
     journal = Journal()
     for i in range(5):
         journal.ticket(record(f"t-{i}", model=f"m{i}"))
-    assert {model for model, _, _ in journal.tally.requests} == {"m0", "m1", "other"}
+    assert {model for model, _ in journal.tally.rows} == {"m0", "m1", "other"}
 
 
 # Explaining without a file --------------------------------------------------------------------------------------

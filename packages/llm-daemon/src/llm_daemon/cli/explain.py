@@ -9,6 +9,7 @@ from typing import Any
 
 import click
 
+from .. import errors
 from . import link
 from .words import as_json, clean, count, json_option, size, subcommand
 
@@ -56,15 +57,18 @@ def command(ticket: str | None, last: int, json_: bool) -> None:
 
 def _ask(ticket: str | None, last: int) -> dict[str, Any]:
     talk = link.look()
-    if talk is None:
-        from ..daemon.explain import from_file
-        from ..paths import history_file
+    if talk is not None:
+        try:
+            return link.call(talk, "explain", ticket=ticket, limit=last)
+        except errors.Unavailable as e:
+            if e.code != "daemon_ended":  # a question keeps no daemon here; the file knows as much
+                raise
+        finally:
+            talk.close()
+    from ..daemon.explain import from_file
+    from ..paths import history_file
 
-        return from_file(history_file(), ticket, last)
-    try:
-        return link.call(talk, "explain", ticket=ticket, limit=last)
-    finally:
-        talk.close()
+    return from_file(history_file(), ticket, last)
 
 
 def _show(record: Mapping[str, Any]) -> None:

@@ -43,20 +43,41 @@ class Histogram:
         return out
 
 
-class Tally:
-    """Since the daemon's birth.  Keys are label values in the order given: model, lane, end and so on."""
+class Row:
+    """Requests for one model in one lane."""
+
+    __slots__ = ("completion_tokens", "ends", "engine", "first_byte", "prompt_tokens", "queue", "replays", "sent", "total")
 
     def __init__(self) -> None:
-        self.requests: dict[tuple[str, str, str], int] = defaultdict(int)  # model, lane, end
-        self.tokens: dict[tuple[str, str], int] = defaultdict(int)  # model, `prompt` or `completion`
-        self.sent: dict[tuple[str], int] = defaultdict(int)  # model; bytes
-        self.replays: dict[tuple[str], int] = defaultdict(int)  # model
+        self.ends: dict[str, int] = {}
+        self.queue, self.engine, self.first_byte, self.total = Histogram(), Histogram(), Histogram(), Histogram()
+        self.prompt_tokens = self.completion_tokens = self.replays = self.sent = 0
+
+    def count(self, record: TicketRecord) -> None:
+        self.ends[record.end] = self.ends.get(record.end, 0) + 1
+        self.total.add(record.total_s)
+        self.sent += record.bytes_out
+        self.replays += record.replayed
+        if not record.instance:
+            return
+        self.queue.add(record.queue_s)
+        if record.end == "served":
+            self.engine.add(record.engine_s)
+        if record.first_token_s is not None:
+            self.first_byte.add(record.first_token_s)
+        if record.prompt_tokens:
+            self.prompt_tokens += record.prompt_tokens
+        if record.completion_tokens:
+            self.completion_tokens += record.completion_tokens
+
+
+class Tally:
+    """Since the daemon's birth."""
+
+    def __init__(self) -> None:
+        self.rows: dict[tuple[str, str], Row] = {}  # model, lane
         self.loads: dict[tuple[str, str], int] = defaultdict(int)  # model, `ready`, `failed` or `abandoned`
         self.closes: dict[tuple[str, str], int] = defaultdict(int)  # model, why
-        self.queue: dict[tuple[str, str], Histogram] = defaultdict(Histogram)  # model, lane; so are the next three
-        self.engine: dict[tuple[str, str], Histogram] = defaultdict(Histogram)
-        self.first_byte: dict[tuple[str, str], Histogram] = defaultdict(Histogram)
-        self.total: dict[tuple[str, str], Histogram] = defaultdict(Histogram)
         self.load: dict[tuple[str], Histogram] = defaultdict(Histogram)  # model
         self._models: set[str] = set()
 
@@ -71,20 +92,8 @@ class Tally:
 
     def count(self, record: TicketRecord) -> None:
         # A name that reached no instance may be any text: those requests are counted together.
-        model = self.label(record.model) if record.instance else ""
-        key = (model, record.lane)
-        self.requests[model, record.lane, record.end] += 1
-        self.sent[model,] += record.bytes_out
-        self.total[key].add(record.total_s)
-        if record.replayed:
-            self.replays[model,] += 1
-        if not record.instance:
-            return
-        self.queue[key].add(record.queue_s)
-        if record.end == "served":
-            self.engine[key].add(record.engine_s)
-        if record.first_token_s is not None:
-            self.first_byte[key].add(record.first_token_s)
-        for kind, n in (("prompt", record.prompt_tokens), ("completion", record.completion_tokens)):
-            if n:
-                self.tokens[model, kind] += n
+        row = self.rows.get((record.model if record.instance else "", record.lane))
+        if row is None:
+            key = (self.label(record.model) if record.instance else "", record.lane)
+            row = self.rows.setdefault(key, Row())
+        row.count(record)

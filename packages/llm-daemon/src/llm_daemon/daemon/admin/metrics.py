@@ -13,6 +13,16 @@ from ..tally import Histogram
 from .facts import Facts
 
 PREFIX = "llm_daemon_"
+COUNTERS = (  # name, words, attribute of tally.Row
+    ("response_bytes", "Bytes of answers", "sent"),
+    ("replays", "Requests put to a second engine after the first one died", "replays"),
+)
+HISTOGRAMS = (
+    ("queue_seconds", "Wait for a slot", "queue"),
+    ("engine_seconds", "From the slot to the head of the engine's answer", "engine"),
+    ("first_byte_seconds", "From arrival to the first piece of the answer", "first_byte"),
+    ("request_seconds", "From arrival to the end", "total"),
+)
 
 
 class DaemonCollector(Collector):
@@ -32,15 +42,19 @@ class DaemonCollector(Collector):
         yield _counter("history_lost", "Rows that the request history could not keep", [], {(): history.lost if history else 0})
 
     def _requests(self) -> Iterator[Metric]:
-        tally, by_lane = self._facts.journal.tally, ["model", "lane"]
-        yield _counter("requests", "Requests that had their end", [*by_lane, "end"], tally.requests)
-        yield _counter("tokens", "Tokens that answers told of", ["model", "kind"], tally.tokens)
-        yield _counter("response_bytes", "Bytes of answers", ["model"], tally.sent)
-        yield _counter("replays", "Requests put to a second engine after the first one died", ["model"], tally.replays)
-        yield _histogram("queue_seconds", "Wait for a slot", by_lane, tally.queue)
-        yield _histogram("engine_seconds", "From the slot to the head of the engine's answer", by_lane, tally.engine)
-        yield _histogram("first_byte_seconds", "From arrival to the first piece of the answer", by_lane, tally.first_byte)
-        yield _histogram("request_seconds", "From arrival to the end", by_lane, tally.total)
+        rows, by_lane = self._facts.journal.tally.rows, ["model", "lane"]
+        ends = {(*key, end): n for key, row in rows.items() for end, n in row.ends.items()}
+        yield _counter("requests", "Requests that had their end", [*by_lane, "end"], ends)
+        tokens = {
+            (*key, kind): n
+            for key, row in rows.items()
+            for kind, n in (("prompt", row.prompt_tokens), ("completion", row.completion_tokens))
+        }
+        yield _counter("tokens", "Tokens that answers told of", [*by_lane, "kind"], tokens)
+        for name, text, attribute in COUNTERS:
+            yield _counter(name, text, by_lane, {key: getattr(row, attribute) for key, row in rows.items()})
+        for name, text, attribute in HISTOGRAMS:
+            yield _histogram(name, text, by_lane, {key: getattr(row, attribute) for key, row in rows.items()})
 
     def _loads(self) -> Iterator[Metric]:
         tally = self._facts.journal.tally
