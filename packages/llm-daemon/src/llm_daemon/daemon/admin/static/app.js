@@ -210,11 +210,13 @@ function keep(record) {
 }
 
 async function catchUp() {  // what was before we listened; what came meanwhile is newer
+  const began = performance.now() / 1000;
   const [told, now] = await Promise.all([json(`/api/explain?limit=${KEPT}`), json("/api/tickets")]);
   for (const r of told.recent.reverse()) if (!records.has(r.ticket)) keep(r);
   story = [...told.events.reverse().filter((e) => !story.length || e.time < story[0].time), ...story];
   const at = performance.now() / 1000;
-  live = new Map(now.tickets.filter((r) => !records.has(r.ticket)).map((r) => [r.ticket, { ...r, since: at - r.total_s }]));
+  const newer = [...live].filter(([, r]) => r.since >= began);  // heard of while the answer was on its way
+  live = new Map([...now.tickets.filter((r) => !records.has(r.ticket)).map((r) => [r.ticket, { ...r, since: at - r.total_s }]), ...newer]);
   show();
 }
 
