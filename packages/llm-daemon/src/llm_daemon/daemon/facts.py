@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 from collections.abc import Mapping
 from contextlib import suppress
 from time import monotonic
@@ -40,7 +41,9 @@ class DaemonFacts:
         holder = self._daemon.control.holders.get(lease)
         if holder is None:
             return "a person at the dashboard" if lease in self._daemon.control.inner else "a client"
-        return f"{identity.program(holder.pid) or 'a client'} (pid {holder.pid})"
+        first, second, *rest = [*identity.program(holder.pid).split(), "", ""]  # interpreter and script, without their folders
+        words = " ".join(filter(None, [os.path.basename(first), os.path.basename(second), *rest]))
+        return f"{words or 'a client'} (pid {holder.pid})"
 
     # What there is --------------------------------------------------------------------------------------------
     def status(self) -> dict[str, Any]:
