@@ -3,26 +3,35 @@
 from __future__ import annotations
 
 import asyncio
-import re
+import json
+import os
 import shutil
+import sys
 import tempfile
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from llm_daemon.core import events as ev
 from llm_daemon.daemon.admin import Admin
-from llm_daemon.daemon.journal import Subscription
 
 from .fakes import SPEC, FakeFacts, load, record
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 FLAGS = [
     "--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--disable-breakpad", "--no-first-run",
-    "--disable-background-networking", "--enable-logging=stderr", "--virtual-time-budget=3000",
+    "--disable-background-networking", "--remote-debugging-pipe", "--window-size=1280,1000",
 ]  # fmt: skip
+# The browser reads commands from fd 3 and answers on fd 4.
+AS_3_AND_4 = (
+    "import fcntl, os, sys\n"
+    "fds = [fcntl.fcntl(int(n), fcntl.F_DUPFD, 10) for n in sys.argv[1:3]]\n"
+    "os.dup2(fds[0], 3); os.dup2(fds[1], 4)\n"
+    "os.execv(sys.argv[3], sys.argv[3:])\n"
+)
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here")
 
 
@@ -46,6 +55,8 @@ class Door:
                 self.heard += data
                 if b" /api/" in data and b"authorization: bearer s3cret" not in data.lower():
                     writer.write(b"HTTP/1.1 401 Unauthorized\r\nContent-Length: 0\r\n\r\n")
+                elif b" /v1/models " in data:  # the gateway's own
+                    writer.write(b'HTTP/1.1 200 OK\r\nContent-Length: 26\r\n\r\n{"data":[{"id":"gemma3"}]}')
                 else:
                     inner_writer.write(data)
             inner_writer.close()
@@ -74,54 +85,135 @@ async def opened(folder: Path, facts: FakeFacts) -> AsyncIterator[tuple[Door, st
             await asyncio.wait([task])
 
 
-async def visit(folder: Path, url: str) -> tuple[str, list[str]]:
-    """The page some seconds later, and what its console said."""
+class Page:
+    """One page, led by the DevTools protocol over two pipes: JSON objects, each ended by a zero byte.
+
+    `complaints` are errors that its console showed: exceptions, and whatever its policy forbade.
+    """
+
+    def __init__(self, commands: int, answers: asyncio.StreamReader) -> None:
+        self._commands, self._answers, self._asked = commands, answers, 0
+        self._session: dict[str, str] = {}
+        self.complaints: list[Any] = []
+
+    async def ask(self, method: str, **params: Any) -> dict[str, Any]:
+        self._asked += 1
+        os.write(
+            self._commands, json.dumps({"id": self._asked, "method": method, "params": params, **self._session}).encode() + b"\0"
+        )
+        return await self._until(lambda m: m.get("id") == self._asked)
+
+    async def _until(self, is_it: Callable[[dict[str, Any]], bool]) -> dict[str, Any]:
+        while True:
+            message = json.loads((await self._answers.readuntil(b"\0"))[:-1])
+            if message.get("method") in ("Runtime.exceptionThrown", "Log.entryAdded"):
+                self.complaints.append(message["params"])
+            if is_it(message):
+                assert "error" not in message, message
+                return dict(message.get("result", {}))
+
+    async def visit(self, url: str) -> None:
+        target = await self.ask("Target.createTarget", url="about:blank")
+        attached = await self.ask("Target.attachToTarget", targetId=target["targetId"], flatten=True)
+        self._session = {"sessionId": attached["sessionId"]}
+        for domain in ("Page", "Runtime", "Log"):
+            await self.ask(f"{domain}.enable")
+        await self.load("Page.navigate", url=url)
+
+    async def load(self, method: str, **params: Any) -> None:
+        """Asks for something that loads a page, and waits until it is there."""
+        await self.ask(method, **params)
+        await self._until(lambda m: m.get("method") == "Page.loadEventFired")
+
+    async def run(self, code: str) -> Any:
+        """The value of a JavaScript expression, of a promise once it is kept."""
+        done = await self.ask("Runtime.evaluate", expression=code, awaitPromise=True, returnByValue=True)
+        assert "exceptionDetails" not in done, done
+        return done["result"].get("value")
+
+    async def wait(self, condition: str) -> None:
+        await self.run(f"new Promise((done) => {{ const look = () => ({condition}) ? done() : setTimeout(look, 10); look(); }})")
+
+    async def text(self) -> str:
+        return str(await self.run("document.documentElement.outerHTML"))
+
+
+@asynccontextmanager
+async def browser(folder: Path) -> AsyncIterator[Page]:
     assert CHROMIUM is not None
+    (commands, to), (back, answers) = os.pipe(), os.pipe()
     process = await asyncio.create_subprocess_exec(
-        CHROMIUM, *FLAGS, f"--user-data-dir={folder / 'profile'}", "--dump-dom", url,
-        stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE,
+        sys.executable, "-c", AS_3_AND_4, str(commands), str(answers), CHROMIUM, *FLAGS, f"--user-data-dir={folder / 'profile'}",
+        pass_fds=(commands, answers), stdout=asyncio.subprocess.DEVNULL, stderr=asyncio.subprocess.DEVNULL,
     )  # fmt: skip
+    os.close(commands)
+    os.close(answers)
+    reader = asyncio.StreamReader(limit=2**24)
+    transport, _ = await asyncio.get_running_loop().connect_read_pipe(
+        lambda: asyncio.StreamReaderProtocol(reader), os.fdopen(back, "rb")
+    )
+    page = Page(to, reader)
     try:
-        out, err = await process.communicate()
+        yield page
     finally:
-        if process.returncode is None:
+        os.close(to)  # it ends when nobody leads it
+        try:
+            async with asyncio.timeout(10):
+                await process.wait()
+        except TimeoutError:
             process.kill()
             await process.wait()
-    return out.decode(), re.findall(r"CONSOLE.*", err.decode())
+        transport.close()
 
 
-async def test_it_draws_what_was_and_what_comes(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+TICKETS = "[...document.querySelectorAll('[data-ticket]')].map((row) => row.dataset.ticket).join()"
+
+
+async def test_it_draws_what_was_and_what_comes(folder: Path) -> None:
     facts = FakeFacts()
     load(facts.journal)
     facts.journal.ticket(record("t-was"))
     facts.live = [{"ticket": "t-live", "state": "running", "model": "smollm2-135m", "total_s": 1.0}]
-
-    listening, subscribe = asyncio.Event(), facts.journal.subscribe
-
-    def subscribed(last_id: str | None = None) -> Subscription:
-        listening.set()
-        return subscribe(last_id)
-
-    monkeypatch.setattr(facts.journal, "subscribe", subscribed)
-
-    async def go_on() -> None:
-        await listening.wait()
+    async with opened(folder, facts) as (door, url), browser(folder) as page:
+        await page.visit(url + "#token=s3cret")
+        await page.wait(f"{TICKETS} === 't-live,t-was'")
+        await page.wait("document.body.innerText.includes('python train.py')")
         facts.journal.saw(ev.Arrived("t-new", SPEC), [], 200.0)
         facts.journal.ticket(record("t-odd", model="<img src=x onerror=alert(1)>", end="failed", code="engine_died"))
-
-    async with opened(folder, facts) as (door, url):
-        coming = asyncio.create_task(go_on())
-        page, console = await visit(folder, url + "#token=s3cret")
-        await coming
-    assert console == []  # no error, nothing that the policy forbids
-    assert set(re.findall(r'data-ticket="([^"]+)"', page)) == {"t-was", "t-live", "t-new", "t-odd"}
-    assert "smollm2-135m is ready after 2.00 s" in page and "python train.py" in page and "xllamacpp" in page
-    assert "<img" not in page and "&lt;img src=x" in page
-    assert page.count('class="queue"') >= 2 and page.count('class="load"') >= 2  # legend and bars
+        await page.wait(f"{TICKETS}.split(',').sort().join() === 't-live,t-new,t-odd,t-was'")
+        text = await page.text()
+        assert "smollm2-135m is ready after 2.00 s" in text and "xllamacpp" in text and "engine_died" in text
+        assert "<img" not in text and "&lt;img src=x" in text
+        assert await page.run("[location.hash, document.querySelectorAll('svg .load').length].join()") == ",2"
+        facts.journal.ticket(record("t-live", end="cancelled"))
+        await page.wait("document.querySelectorAll('.press').length === 1")
+        await page.wait("document.querySelector('#names option')?.value === 'gemma3'")
+        assert page.complaints == []  # no error, nothing that the policy forbids
     assert b"token=" not in door.heard and b"s3cret" in door.heard
 
 
-async def test_it_asks_for_a_key(folder: Path) -> None:
-    async with opened(folder, FakeFacts()) as (_, url):
-        page, _ = await visit(folder, url)
-    assert re.search(r'<dialog id="ask"[^>]* open', page) and "data-ticket" not in page
+async def test_its_buttons_act(folder: Path) -> None:
+    facts = FakeFacts()
+    facts.live = [{"ticket": "t-live", "state": "running", "model": "smollm2-135m", "total_s": 1.0}]
+    facts.answer = {"model": "m", "engine": "e", "stopped": []}
+    async with opened(folder, facts) as (_, url), browser(folder) as page:
+        await page.visit(url + "#token=s3cret")
+        await page.wait("document.querySelector('.press') && document.querySelector('td button')")
+        await page.run("document.querySelector('.press').dispatchEvent(new MouseEvent('click', { bubbles: true }))")
+        await page.run("document.querySelector('td button').click()")
+        await page.run("document.getElementById('load-name').value = 'm'; document.querySelector('#load button').click()")
+        await page.wait("document.getElementById('load-says').textContent === 'm is ready on e'")
+        while len(facts.asked) < 3:
+            await page.run("new Promise((done) => setTimeout(done, 10))")
+    assert sorted(facts.asked) == [("cancel", "t-live"), ("load", "m"), ("unload", "smollm2-135m", False)]
+
+
+async def test_it_asks_for_a_key_and_keeps_it(folder: Path) -> None:
+    async with opened(folder, FakeFacts()) as (_, url), browser(folder) as page:
+        await page.visit(url)
+        await page.wait("document.getElementById('ask').open")
+        assert await page.run(TICKETS) == ""
+        await page.run("document.getElementById('key').value = 's3cret'; document.querySelector('#ask button').click()")
+        await page.wait("document.body.innerText.includes('python train.py') && !document.getElementById('ask').open")
+        await page.load("Page.reload")
+        await page.wait("document.body.innerText.includes('python train.py')")

@@ -40,7 +40,7 @@ class DaemonFacts:
     def _who(self, lease: str) -> str:
         holder = self._daemon.control.holders.get(lease)
         if holder is None:
-            return "a person at the dashboard" if lease in self._daemon.control.inner else "a client"
+            return "somebody at the dashboard or /api/load" if lease in self._daemon.control.inner else "a client"
         first, second, *rest = [*identity.program(holder.pid).split(), "", ""]  # interpreter and script, without their folders
         words = " ".join(filter(None, [os.path.basename(first), os.path.basename(second), *rest]))
         return f"{words or 'a client'} (pid {holder.pid})"
