@@ -54,7 +54,8 @@ class FakeFacts:
         }  # fmt: skip
         one = {
             "id": "i1", "model": "smollm2-135m", "state": "ready", "engine": "xllamacpp", "engine_version": "1", "pid": 4242,
-            "memory_bytes": 350_000_000, "leases": ["c2"], "running": 1, "waiting": 0, "slots": 2, "context": 4096,
+            "memory_bytes": 350_000_000, "leases": ["c2"], "running": 1, "aborting": 0, "waiting": 3,
+            "waiting_interactive": 1, "slots": 2, "context": 4096,
             "idle": None, "closes_in": 1800.0, "error": None, "progress": None, "stalled_seconds": None,
         }  # fmt: skip
         lease = {"pid": 4300, "program": "python train.py", "kind": "client", "since": 120.0, "models": ["smollm2-135m"]}

@@ -27,13 +27,7 @@ from .fakes import IN_USE, SPEC, record
 
 
 class Turn:
-    ask = SimpleNamespace(path="/v1/completions", stream=True, via="unix", model="smollm2-135m")
-
-    def __init__(self) -> None:
-        self.refused: list[errors.LlmDaemonError] = []
-
-    def refuse(self, error: errors.LlmDaemonError) -> None:
-        self.refused.append(error)
+    ask = SimpleNamespace(path="/v1/completions", stream=True, via="unix")
 
 
 class Core:
@@ -41,10 +35,11 @@ class Core:
 
     def __init__(self) -> None:
         self.settings = Settings(history_limit=0)
-        self.machine = Machine(Leases.born(10.0, 0.0), 120.0, 1800.0, 10)
+        self.machine = Machine(Leases.born(10.0, 0.0), 120.0, 1800.0, 10, 10.0)
         self.control = ControlServer(cast(Any, self))
         self.supervisor = self
         self.turns: dict[str, Turn] = {}
+        self.ended: list[ev.Refuse | ev.Abort] = []
         self.calls: list[tuple[str, Mapping[str, Any]]] = []
         self.refusal: errors.LlmDaemonError | None = None
         self.started = asyncio.Event()
@@ -66,6 +61,8 @@ class Core:
         match command:
             case ev.Start():
                 self.started.set()
+            case ev.Refuse() | ev.Abort():
+                self.ended.append(command)
             case ev.TellReady(lease, request, instance):
                 self.control.tell(lease, "READY", request, model="smollm2-135m", instance=instance, pid=1, engine="e")
             case ev.TellProgress(lease, request, info):
@@ -126,19 +123,20 @@ async def test_a_load_whose_client_hangs_up_holds_nothing() -> None:
 async def test_live_tickets_and_cancelling() -> None:
     core, waiting, running = Core(), Turn(), Turn()
     core.turns = {"t-1": running, "t-2": waiting}
-    for ticket in ("t-1", "t-2"):
-        core.post(ev.Arrived(ticket, SPEC))
+    for ticket in ("t-1", "t-2", "t-3"):
+        core.post(ev.Arrived(ticket, SPEC, "interactive" if ticket == "t-3" else "regular"))
     core.post(ev.Up("i1", 1))
     live = core.facts.tickets()
-    assert [(t["ticket"], t["state"], t["model"], t["path"], t["via"]) for t in live] == [
-        ("t-1", "running", "smollm2-135m", "/v1/completions", "unix"),
-        ("t-2", "waiting", "smollm2-135m", "/v1/completions", "unix"),
+    assert [(t["ticket"], t["state"], t["lane"], t["position"], t.get("path")) for t in live] == [
+        ("t-1", "waiting", "regular", 0, "/v1/completions"),
+        ("t-2", "waiting", "regular", 1, "/v1/completions"),
+        ("t-3", "running", "interactive", None, None),
     ]
-    assert all(t["total_s"] >= 0 for t in live)
+    assert all(t["total_s"] >= 0 and t["model"] == "smollm2-135m" and t["instance"] == "i1" for t in live)
     assert core.facts.cancel("t-1") and not core.facts.cancel("t-1") and not core.facts.cancel("t-9")
-    assert [e.code for e in running.refused] == ["cancelled"] and waiting.refused == []
-    core.facts.journal.ticket(record("t-1", end="cancelled"))
-    assert [(t["ticket"], t["state"]) for t in core.facts.tickets()] == [("t-2", "running")]
+    assert core.facts.cancel("t-3")
+    assert [(c.ticket, c.error["code"]) for c in core.ended] == [("t-1", "cancelled"), ("t-3", "cancelled")]
+    assert [(t["ticket"], t["state"]) for t in core.facts.tickets()] == [("t-2", "waiting"), ("t-3", "aborting")]
 
 
 async def test_unload_and_stop_are_those_of_the_command_line(monkeypatch: pytest.MonkeyPatch) -> None:

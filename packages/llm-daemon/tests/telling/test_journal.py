@@ -5,13 +5,13 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 
 from llm_daemon.core import events as ev
-from llm_daemon.core.instance import Instance, State
-from llm_daemon.core.lanes import Lane
+from llm_daemon.core.instance import Instance
 from llm_daemon.daemon import explain, tally
 from llm_daemon.daemon.journal import Journal, Subscription, as_dict
 from llm_daemon.errors import UsageError
@@ -82,7 +82,7 @@ def leaving(journal: Journal) -> None:
     ],
 )
 def test_why_a_model_is_closed(end: Callable[[Journal], None], why: str, text: str) -> None:
-    journal = Journal(instance=lambda name: Instance(name, SPEC, Lane(1), 110.0, State.STOPPING))
+    journal = Journal(instance=lambda _: cast(Instance, SimpleNamespace(last_use=110.0)))
     load(journal)
     end(journal)
     closed = told(journal)[-1]
@@ -117,25 +117,6 @@ def test_a_failure_of_its_own_costs_nobody_anything(caplog: pytest.LogCaptureFix
     with caplog.at_level(logging.ERROR, "llm_daemon"):
         Journal(who=broken).saw(ev.Want("c1", 1, SPEC), [ev.Start("i1", SPEC)], 1.0)
     assert "journal failed" in caplog.text
-
-
-def test_the_share_of_a_load_in_a_wait() -> None:
-    journal = Journal()
-    assert journal.load_share("i1", 0.0, 10.0) == 0.0
-    journal.saw(ev.Arrived("t", SPEC), [ev.Start("i1", SPEC)], 100.0)
-    assert journal.load_share("i1", 99.0, 101.5) == 1.5
-    journal.saw(ev.Up("i1", 1), [], 102.0)
-    assert [journal.load_share("i1", a, b) for a, b in ((99.0, 105.0), (101.0, 105.0), (103.0, 105.0))] == [2.0, 1.0, 0.0]
-
-
-def test_a_ticket_is_live_until_its_record_comes() -> None:
-    journal = Journal()
-    journal.saw(ev.Arrived("t-1", SPEC), [ev.Run("t-1", "i1")], 7.0)
-    journal.saw(ev.Ended("t-1"), [], 8.0)
-    journal.saw(ev.Arrived("t-1", SPEC), [], 9.0)  # replayed
-    assert journal.arrived == {"t-1": 7.0}
-    journal.ticket(record("t-1"))
-    assert journal.arrived == {}
 
 
 # Readers --------------------------------------------------------------------------------------------------------

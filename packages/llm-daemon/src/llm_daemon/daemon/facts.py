@@ -54,16 +54,15 @@ class DaemonFacts:
     def tickets(self) -> list[dict[str, Any]]:
         now, found = monotonic(), []
         machine = self._daemon.machine
-        for ticket, came in self.journal.arrived.items():
-            it = machine.instances.get(machine.tickets.get(ticket, ""))
-            one: dict[str, Any] = {"ticket": ticket, "state": "waiting", "total_s": now - came}
-            if it is not None:
-                state = "running" if ticket in it.lane.running else "waiting"
-                one |= {"state": state, "instance": it.id, "model": it.spec.model}
-            if (turn := self._daemon.turns.get(ticket)) is not None:
-                ask = getattr(turn, "ask", None)  # a gateway's request knows more than its turn
-                names = ("path", "stream", "via", "lane")
-                one |= {name: value for name in names if (value := getattr(ask, name, None)) is not None}
+        places = {name: place for it in machine.instances.values() for place, name in enumerate(it.lanes.line(now))}
+        for name, ticket in machine.tickets.items():
+            model = machine.instances[ticket.instance].spec.model
+            one = {
+                "ticket": name, "state": ticket.stage.value, "model": model, "instance": ticket.instance, "lane": ticket.lane,
+                "position": places.get(name), "total_s": now - ticket.arrived,
+            }  # fmt: skip
+            ask = getattr(self._daemon.turns.get(name), "ask", None)  # the gateway knows more of it
+            one |= {key: value for key in ("path", "stream", "via") if (value := getattr(ask, key, None)) is not None}
             found.append(one)
         return found
 
@@ -112,11 +111,10 @@ class DaemonFacts:
         return await self._daemon.call("stop", {"model": model, "force": force}, lambda *_, **__: None)
 
     def cancel(self, ticket: str) -> bool:
-        turn = self._daemon.turns.pop(ticket, None)
-        if turn is None:
+        if ticket not in self._daemon.machine.tickets:
             return False
-        turn.refuse(errors.Unavailable("the request was cancelled by hand", code="cancelled", status=499))
-        self._daemon.post(ev.Ended(ticket))
+        error = errors.Unavailable("the request was cancelled by hand", code="cancelled", status=499)
+        self._daemon.post(ev.Cancel(ticket, error.to_wire()))
         return True
 
     # The control socket ---------------------------------------------------------------------------------------

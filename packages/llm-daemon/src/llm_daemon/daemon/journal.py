@@ -65,9 +65,9 @@ class TicketRecord(msgspec.Struct, frozen=True, gc=False, kw_only=True):
 class Happening(msgspec.Struct, frozen=True):
     """One event of the stream.  `n` counts from 1 in each journal; `time` is wall time.
 
-    `kind` and the keys of `what`: `ticket` (a TicketRecord); `arrived` ticket, model; `running` ticket, instance; `joined` and
-    `left` lease; of a model, all with instance, model and a `text` for people: `loading`, `ready` seconds, slots, `closing` why,
-    `closed` why; `lost` count (of events that a slow reader missed).
+    `kind` and the keys of `what`: `ticket` (a TicketRecord); `arrived` ticket, model, lane; `running` ticket, instance;
+    `joined` and `left` lease; of a model, all with instance, model and a `text` for people: `loading`, `ready` seconds, slots,
+    `closing` why, `closed` why; `lost` count (of events that a slow reader missed).
     """
 
     n: int
@@ -107,7 +107,6 @@ class Journal:
         size: int = SIZE,
     ) -> None:
         self.history, self.keeps_bodies, self.tally = history, keeps_bodies and history is not None, Tally()
-        self.arrived: dict[str, float] = {}  # tickets without an end, and when they came
         self.epoch = os.urandom(3).hex()  # ids of two journals differ
         self._ring: list[Happening | None] = [None] * size
         self._count = 0
@@ -138,19 +137,11 @@ class Journal:
 
     def ticket(self, record: TicketRecord, body: bytes = b"") -> None:
         """A ticket is over; once for each.  `body` is the request's, wanted if `keeps_bodies`; 64 KiB of it are kept."""
-        self.arrived.pop(record.ticket, None)
         self.tally.count(record)
         self._tell("ticket", record)
         if self.history is not None:
             kept = body[:BODY_LIMIT] if body and self.keeps_bodies else None
             self.history.put(("tickets", record.time, record.ticket, record.model, record, kept))
-
-    def load_share(self, instance: str, since: float, until: float) -> float:
-        """Seconds between the two monotonic times in which `instance` was loading: the `load_s` of a ticket that waited so."""
-        life = self._lives.get(instance)
-        if life is None:
-            return 0.0
-        return max(0.0, min(until, until if life.up is None else life.up) - max(since, life.began))
 
     def flush(self, timeout: float = 0.2) -> None:
         """Before the process leaves: the history's last rows, if the disk is quick enough."""
@@ -183,10 +174,9 @@ class Journal:
         return out
 
     # Of the core ----------------------------------------------------------------------------------------------
-    def _arrive(self, event: ev.Arrived, now: float) -> None:
-        self.arrived.setdefault(event.ticket, now)  # a replayed one comes again
+    def _arrive(self, event: ev.Arrived, _now: float) -> None:
         if self._readers:
-            self._tell("arrived", {"ticket": event.ticket, "model": event.spec.model})
+            self._tell("arrived", {"ticket": event.ticket, "model": event.spec.model, "lane": event.lane})
 
     def _run(self, command: ev.Run, _event: Event, _now: float) -> None:
         if self._readers:

@@ -21,8 +21,8 @@ class Facts(Protocol):
         ...
 
     def tickets(self) -> list[dict[str, Any]]:
-        """Requests without an end, oldest first: `ticket`, `state` (waiting, running), `model`, `instance`, `lane`, `path`,
-        `stream`, `via`, `total_s` (seconds since arrival); what is not known is missing."""
+        """Requests without an end, oldest first: `ticket`, `state` (waiting, running, aborting), `model`, `instance`, `lane`,
+        `position` (in its queue, from 0), `total_s` (seconds since arrival), and `path`, `stream`, `via` where known."""
         ...
 
     async def load(self, model: str) -> dict[str, Any]:

@@ -36,7 +36,6 @@ class DaemonCollector(Collector):
         yield from self._requests()
         yield from self._loads()
         yield from _instances(status["instances"])
-        yield from self._waiting()
         yield from _daemon(status["daemon"])
         history = self._facts.journal.history
         yield _counter("history_lost", "Rows that the request history could not keep", [], {(): history.lost if history else 0})
@@ -62,17 +61,6 @@ class DaemonCollector(Collector):
         yield _histogram("load_seconds", "From the start of an engine to its readiness", ["model"], tally.load)
         yield _counter("closes", "Loaded models that were closed, and why", ["model", "why"], tally.closes)
 
-    def _waiting(self) -> Iterator[Metric]:
-        waiting = GaugeMetricFamily(PREFIX + "waiting", "Requests that wait", labels=["model", "lane"])
-        counts: dict[tuple[str, str], int] = {}
-        for ticket in self._facts.tickets():
-            if ticket.get("state") == "waiting":
-                key = (str(ticket.get("model") or ""), str(ticket.get("lane") or ""))
-                counts[key] = counts.get(key, 0) + 1
-        for labels, n in counts.items():
-            waiting.add_metric(list(labels), n)
-        yield waiting
-
 
 def exposition(facts: Facts) -> bytes:
     """The whole text."""
@@ -85,8 +73,18 @@ def _instances(instances: list[dict[str, Any]]) -> Iterator[Metric]:
     loaded = GaugeMetricFamily(PREFIX + "models_loaded", "Models that answer")
     loaded.add_metric([], sum(it["state"] in ("ready", "draining") for it in instances))
     yield loaded
+    waiting = GaugeMetricFamily(PREFIX + "waiting", "Requests that wait", labels=["model", "lane"])
+    lanes: dict[tuple[str, str], int] = {}
+    for it in instances:
+        interactive = it["waiting_interactive"]
+        for lane, n in (("interactive", interactive), ("regular", it["waiting"] - interactive)):
+            lanes[it["model"], lane] = lanes.get((it["model"], lane), 0) + n
+    for labels, n in lanes.items():
+        waiting.add_metric(list(labels), n)
+    yield waiting
     gauges = {
         "running": ("Requests that an engine works on", "running"),
+        "aborting": ("Requests among them that were told to end", "aborting"),
         "slots": ("Requests an engine serves at once", "slots"),
         "engine_memory_bytes": ("Memory of an engine, shared pages by share", "memory_bytes"),
     }

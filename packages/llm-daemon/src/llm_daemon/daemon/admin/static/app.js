@@ -108,8 +108,8 @@ function modelRow(it) {
   const slots = make("span", { class: "slots", "aria-hidden": true },
     ...Array.from({ length: Math.min(it.slots, 16) }, (_, i) => make("i", { class: i < it.running ? "busy" : "" })),
     ...Array.from({ length: Math.min(it.waiting, 16) }, () => make("i", { class: "more" })));
-  const lanes = it.lanes && Object.entries(it.lanes).filter(([, n]) => n).map(([name, n]) => `${n} ${name}`).join(", ");
-  const waits = it.waiting ? `, ${lanes || it.waiting} waiting` : "";
+  const lanes = [[it.waiting_interactive, "interactive"], [it.waiting - it.waiting_interactive, "regular"]];
+  const waits = it.waiting ? `, ${lanes.filter(([n]) => n).map(([n, lane]) => `${n} ${lane}`).join(", ")} waiting` : "";
   const still = it.stalled_seconds >= 5 ? `silent for ${duration(it.stalled_seconds)}` : "";
   const error = it.error?.message ?? still;
   return [
