@@ -28,8 +28,9 @@ class Settings:
     `linger`: how long the daemon outlives its last reason to live.  `port`: None means 28282 or the next free one;
     a number means that one or an error.  `auth`: `token` or `none`.  `queue_limit`: requests that may wait for one
     model in each lane.  `max_overtake`: how long newer requests may go before one that waits; 0 is strictly oldest first.
-    `context`, `parallel`: what a model is loaded with when nobody says.  `catalog`: user entries and
-    aliases.  `engines`: a table for each engine (`path`, `args`, `env`, `adapter`).
+    `context`, `parallel`: what a model is loaded with when nobody says.  `history_limit`: requests that the
+    history in the state folder keeps, 0 for no history; `history_prompts`: with their bodies, which hold what was asked.
+    `catalog`: user entries and aliases.  `engines`: a table for each engine (`path`, `args`, `env`, `adapter`).
     """
 
     ttl: float = 120.0
@@ -45,6 +46,8 @@ class Settings:
     context: int = 4096
     parallel: int = 2
     threads: int | None = None
+    history_limit: int = 10_000
+    history_prompts: bool = False
     catalog: Mapping[str, Any] = field(default_factory=dict)
     engines: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     origins: Mapping[str, str] = field(default_factory=dict, compare=False)
@@ -122,6 +125,11 @@ def _auth(value: Any) -> str:
     return str(value)
 
 
+def _flag(value: Any) -> bool:
+    words = {"true": True, "1": True, "yes": True, "on": True, "false": False, "0": False, "no": False, "off": False}
+    return value if isinstance(value, bool) else words[value.lower()]
+
+
 def _text(value: Any) -> str:
     if not isinstance(value, str) or not value:
         raise ValueError
@@ -142,6 +150,8 @@ _CHECKS: dict[str, tuple[Callable[[Any], Any], str]] = {
     "context": (_number(1, 2**31 - 1), "tokens, 1 or more"),
     "parallel": (_number(1, 1024), "a whole number from 1 to 1024"),
     "threads": (_number(1, 4096), "a whole number, 1 or more"),
+    "history_limit": (_number(0, 10_000_000), "a whole number, 0 or more"),
+    "history_prompts": (_flag, "true or false"),
 }
 _TABLES = ("catalog", "engines")
 _ENGINE_KEYS: dict[str, tuple[type, str]] = {
@@ -158,7 +168,7 @@ def _checked(key: str, value: Any, where: str) -> Any:
     check, wanted = _CHECKS[key]
     try:
         return check(value)
-    except (ValueError, TypeError):
+    except (ValueError, TypeError, KeyError, AttributeError):
         raise _bad(f"{key} must be {wanted}, not {value!r}", where) from None
 
 

@@ -58,6 +58,11 @@ def _folder(variable: str, kind: str) -> str:
     return found if os.path.isabs(found) else os.path.join(runtime_dir(), kind)
 
 
+def history_file() -> str:
+    """The history of requests, a sqlite file in the state folder."""
+    return os.path.join(state_dir(), "history.sqlite")
+
+
 def log_dirs() -> list[str]:
     """Where logs may be, best first: the state folder, and the runtime folder when the former cannot be written."""
     return [os.path.join(state_dir(), "logs"), os.path.join(runtime_dir(), "logs")]

@@ -66,7 +66,7 @@ def test_ps_says_when_an_engine_shows_no_sign_of_life(cli: Cli, daemon: FakeDaem
 
 def test_who(cli: Cli, daemon: FakeDaemon) -> None:
     [_, row] = cli("who").out.splitlines()
-    assert row.split() == "4300 2 min smollm2-135m python train.py?[31m".split()
+    assert row.split() == "4300 program 2 min smollm2-135m python train.py?[31m".split()
     assert json.loads(cli("who", "--json").out) == {"leases": daemon.answers["status"]["leases"]}
 
 

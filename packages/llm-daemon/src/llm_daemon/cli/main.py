@@ -21,6 +21,8 @@ COMMANDS = {
     "serve": "Keep the endpoint up in the foreground.",
     "ps": "Show what runs, and when it will close.",
     "who": "Show who holds which model.",
+    "explain": "Show where the time of a request went.",
+    "ui": "Open the dashboard in a browser.",
     "stop": "Stop a model, or everything.",
     "load": "Load a model ahead of its first use.",
     "logs": "Show the logs of daemon and engines.",

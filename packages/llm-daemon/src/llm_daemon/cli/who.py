@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import os
+from itertools import pairwise
+from typing import Any
+
 import click
 
 from . import link
 from .ps import NOBODY
 from .words import as_json, duration, json_option, subcommand, table
+
+SHELLS = frozenset("sh bash zsh fish dash ksh mksh tcsh csh nu pwsh xonsh".split())
 
 
 @subcommand(
@@ -31,8 +37,41 @@ def command(json_: bool) -> None:
     elif not leases:
         click.echo("nobody holds a lease")
     else:
-        rows = [
-            (le["pid"] or "-", f"{duration(le['since'])}", ", ".join(le["models"]) or "the endpoint", le["program"] or "-")
-            for le in leases
-        ]
-        table(("PID", "SINCE", "HOLDS", "PROGRAM"), rows)
+        table(("PID", "KIND", "SINCE", "HOLDS", "PROGRAM"), [_row(le) for le in leases])
+
+
+def _row(lease: dict[str, Any]) -> tuple[object, ...]:
+    holds = ", ".join(lease["models"]) or "the endpoint"
+    program = short(lease["program"])
+    return lease["pid"] or "-", kind(lease["kind"], lease["program"]), duration(lease["since"]), holds, program or "-"
+
+
+def kind(lease: str, program: str) -> str:
+    """What sort of holder it is, as well as its command line tells.
+
+    >>> kind("client", "/usr/bin/python3 -m ipykernel_launcher -f"), kind("client", "python train.py"), kind("hold", "-zsh")
+    ('notebook', 'program', 'shell')
+    >>> kind("client", "python /usr/bin/llm-daemon exec --model"), kind("hold", "vim notes"), kind("ghost", "python boot.py")
+    ('llm-daemon exec', 'watched program', 'older daemon')
+    """
+    words = program.split()
+    if lease == "ghost":
+        return "older daemon"
+    if any(os.path.basename(word) in ("ipykernel_launcher", "ipykernel", "jupyter-kernel") for word in words):
+        return "notebook"
+    if lease == "hold":
+        return "shell" if words and os.path.basename(words[0]).lstrip("-") in SHELLS else "watched program"
+    for word, after in pairwise(words):
+        if os.path.basename(word) in ("llm-daemon", "llmd", "llm_daemon.cli.main"):
+            return f"llm-daemon {after}"
+    return "program"
+
+
+def short(program: str) -> str:
+    """The command line without the folder of its first word.
+
+    >>> short("/usr/bin/python3 train.py")
+    'python3 train.py'
+    """
+    first, space, rest = program.partition(" ")
+    return os.path.basename(first) + space + rest

@@ -27,8 +27,10 @@ from ..faults import fp
 from ..models.fetch import fetch
 from ..spec import Spec, Wish
 from . import identity
+from .admin import Admin
 from .boot import Born
 from .control_server import ControlServer, Say
+from .facts import TOLD, DaemonFacts
 from .loan import Lender
 from .logs import RotatingLog
 from .pump import Pump
@@ -64,7 +66,10 @@ class Daemon:
             self.settings.queue_limit,
             self.settings.max_overtake,
         )
-        self.pump = Pump(self.machine, self._do)
+        self.facts = DaemonFacts(self)
+        self.journal = self.facts.journal
+        self.admin = Admin(self.facts, os.path.join(f"g-{born.generation}", "admin.sock"))
+        self.pump = Pump(self.machine, self._do, saw=self.journal.saw)
         self.control = ControlServer(self)
         self.supervisor = Supervisor(self.settings, born.catalog, born.registry, born.generation, born.log_dir, self.post)
         self.gateway: Gateway | None = None
@@ -178,6 +183,7 @@ class Daemon:
 
     def _leave(self) -> None:
         """Leaves, if nobody stands at the door.  No await from the look at the door to the end (docs/reference/lifecycle.md)."""
+        self.journal.flush()  # before the look: the disk may take its time
         doors = [s for s in (self.born.listener, self.born.tcp, self.born.http) if s.fileno() >= 0]
         if self.lender is not None and self.lender.is_lent:
             doors.remove(self.born.tcp)
@@ -284,6 +290,8 @@ class Daemon:
         await self.supervisor.ready()
         if method == "status":
             return status(self)
+        if method in TOLD:
+            return await self.facts.tell(method, params)
         if method == "hold":
             pid = params.get("pid")
             self.control.hold(pid if isinstance(pid, int) else 0)

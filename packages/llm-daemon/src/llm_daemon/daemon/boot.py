@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from llm_daemon.models.catalog import Catalog
 
 PING_WAIT = 1.0
-OURS = frozenset("start sock http.sock token token.new logs user_state_dir user_cache_dir user_config_dir".split())
+OURS = frozenset("start sock http.sock token token.new ui.html ui.new logs user_state_dir user_cache_dir user_config_dir".split())
 RETRIES = 5  # folder deleted under us while we begin
 
 

@@ -8,7 +8,7 @@ import os
 import resource
 import socket
 import sys
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from time import monotonic
 from typing import Any, Protocol, cast
@@ -57,6 +57,7 @@ class ControlServer:
         self.host = host
         self.holders: dict[str, Holder] = {}
         self.connections: dict[str, Connection] = {}
+        self.inner: dict[str, Callable[[str, Mapping[str, Any]], None]] = {}  # leases of the daemon's own, and who is told
         self.room = max(4, resource.getrlimit(resource.RLIMIT_NOFILE)[0] - OWN_FILES)  # connections
         self._server: asyncio.AbstractServer | None = None
         self._born = 0
@@ -79,7 +80,9 @@ class ControlServer:
 
     def tell(self, lease: str, op: str, request: int, **fields: object) -> None:
         """Answers question `request` of a connection; one that has gone meanwhile is normal."""
-        if connection := self.connections.get(lease):
+        if told := self.inner.get(lease):
+            told(op, fields)
+        elif connection := self.connections.get(lease):
             connection.say(op, id=request, **fields)
 
     def hold(self, pid: int) -> None:

@@ -18,12 +18,20 @@ class Pump:
     """Feeds the machine on the event loop's thread and carries its commands out with `do`.
 
     `post` handles the event before it returns, unless it is called from inside `do`: then the event waits its
-    turn, so that commands of one event are never mixed with those of another.
+    turn, so that commands of one event are never mixed with those of another.  `saw` is told of each event and its
+    commands before they are carried out; it must not raise.
     """
 
-    def __init__(self, machine: Machine, do: Callable[[Command], None], now: Callable[[], float] = monotonic) -> None:
+    def __init__(
+        self,
+        machine: Machine,
+        do: Callable[[Command], None],
+        now: Callable[[], float] = monotonic,
+        saw: Callable[[Event, list[Command], float], None] | None = None,
+    ) -> None:
         self.machine = machine
         self._do = do
+        self._saw = saw
         self._now = now
         self._inbox: deque[Event] = deque()
         self._busy = False
@@ -38,7 +46,11 @@ class Pump:
         self._busy = True
         try:
             while self._inbox:
-                for command in self.machine.handle(self._inbox.popleft(), self._now()):
+                event, now = self._inbox.popleft(), self._now()
+                commands = self.machine.handle(event, now)
+                if self._saw is not None:
+                    self._saw(event, commands, now)
+                for command in commands:
                     try:
                         self._do(command)
                     except Exception:  # one command that fails must not cost those behind it
