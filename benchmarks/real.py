@@ -14,8 +14,8 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-from benchmarks import gateway, scripted
-from benchmarks.lab import Effort, Http, fake_model, interleaved, request, status, world
+from benchmarks import peers, scripted
+from benchmarks.lab import Effort, Http, engine_socket, fake_model, gateway_address, interleaved, request, status, world
 from benchmarks.report import Row, Section, median
 
 from llm_daemon import Progress, attach, paths
@@ -200,10 +200,8 @@ def asked(here: World, model: str, count: int) -> dict[str, list[float]]:
         return took
 
     with attach(model) as llm:
-        (socket_path,) = (str(path) for path in here.runtime.glob(f"g-*/*/{SOCKET}"))
-        port = int(llm.base_url.rpartition(":")[2].partition("/")[0])
         message = request(ROUTE, {**BODY, "model": llm.model}, llm.api_key)
-        with clients(socket_path, port, here.base) as ways:
+        with clients(engine_socket(here), gateway_address(llm.base_url), here.base) as ways:
             asks = {name: functools.partial(ask, way) for name, way in ways.items()}
             interleaved(asks, min(count, 20))  # warm
             queue.clear()
@@ -211,12 +209,12 @@ def asked(here: World, model: str, count: int) -> dict[str, list[float]]:
 
 
 @contextmanager
-def clients(socket_path: str, port: int, folder: Path) -> Iterator[dict[str, Http]]:
+def clients(socket_path: str, ours: tuple[str, int], folder: Path) -> Iterator[dict[str, Http]]:
     with ExitStack() as stack:
-        other = stack.enter_context(gateway.nginx(folder, socket_path))
-        ways = {"direct": Http(socket_path), "ours": Http(("127.0.0.1", port))}
+        other = stack.enter_context(peers.nginx(folder, socket_path))
+        ways = {"direct": Http(socket_path), "ours": Http(ours)}
         if other is not None:
-            ways["nginx"] = Http(("127.0.0.1", other))
+            ways["nginx"] = Http(("127.0.0.1", other.port))
         for way in ways.values():
             stack.callback(way.close)
         yield ways

@@ -11,67 +11,28 @@ from __future__ import annotations
 
 import argparse
 import functools
-import io
 import json
 import os
-import shutil
 import signal
 import sys
 import time
 from collections.abc import Callable, Sequence
-from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any, NoReturn
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[0] = str(ROOT)  # run as a script: our folder's name is the package
 
-from benchmarks import gateway, real, scripted  # noqa: E402
+from benchmarks import gateway, peers, real, scripted  # noqa: E402
 from benchmarks.lab import FULL, QUICK, TINY, Effort, own_environment  # noqa: E402
-from benchmarks.report import Row, Section, busy_percent, iqr, machine, program_version, show, show_machine  # noqa: E402
+from benchmarks.report import Section, busy_percent, machine, program_version, show, show_machine  # noqa: E402
 from rich.console import Console  # noqa: E402
 
 from llm_daemon.engines.base import Location  # noqa: E402
 from llm_daemon.errors import LlmDaemonError  # noqa: E402
 
-LIMIT = 360  # seconds; a full run takes about half
+LIMIT = 900  # seconds
 Measure = Callable[[Effort, Section], None]
-# What gateway.py says of streams: key, in words, quantile.
-STREAMS = (("first", "first chunk's way", "p50"), ("delay", "a chunk's way", "p50"), ("gap", "gap between chunks", "p99"))
-
-
-def relay(effort: Effort, out: Section) -> None:
-    """benchmarks/gateway.py: a stub server straight, through nginx and through our relay."""
-    with redirect_stdout(io.StringIO()) as said:
-        gateway.main(["--json", "-", *effort.gateway])
-    found: dict[str, Any] = json.loads(said.getvalue())
-    out.extra = found
-    latency, streams = found["latency_us"], found["streams_ms"]
-    count = int(found["machine"]["requests"])
-    base, rows = latency["direct"], out.rows
-    added = {way: numbers["p50"] - base["p50"] for way, numbers in latency.items()}
-    if "nginx" not in added:
-        out.notes.append("nginx is not installed: no ratio (Debian: apt-get install nginx-light)")
-    rows.append(
-        Row(
-            "added to a request by us, p50", "us", added["relay"], count, baseline=added.get("nginx"), against="nginx",
-            target=1.25, judged="ratio",
-        )
-    )  # fmt: skip
-    for way, title in (("relay", "one request through us"), ("nginx", "one request through nginx")):
-        if numbers := latency.get(way):
-            spread = iqr(numbers["p50_of_rounds"])
-            rows.append(Row(f"{title}, p50", "us", numbers["p50"], count, spread, base["p50"], "direct"))
-            rows.append(Row(f"{title}, p99", "us", numbers["p99"], count, None, base["p99"], "direct"))
-    for number, ways in streams.items():
-        for what, title, percent in STREAMS:
-            rows.append(
-                Row(
-                    f"{number} stream{'s' if number != '1' else ''}, {title}, {percent}", "ms", ways["relay"][what][percent],
-                    baseline=ways["direct"][what][percent], against="direct", target=1.0, judged="difference",
-                )
-            )  # fmt: skip
-    out.notes.append("IQR here is that of the rounds' medians.")
 
 
 def sections(llama_server: str | None = None, model: str = "smollm2-135m") -> dict[str, tuple[str, Measure]]:
@@ -85,7 +46,7 @@ def sections(llama_server: str | None = None, model: str = "smollm2-135m") -> di
         "process": ("2. A whole process that attaches", scripted.whole_process),
         "cold": ("3. Cold start, starter model", functools.partial(real.cold_start, llama_server=llama_server, model=model)),
         "ready": ("4. Readiness noticed", scripted.readiness),
-        "gateway": ("5a. Gateway, stub server", relay),
+        "relay": ("5a. Relay, stub engine", gateway.relay),
         "requests": ("5b. Gateway, whole daemon", functools.partial(real.requests, llama_server=llama_server, model=model)),
         "idle": ("6. Memory, and doing nothing", scripted.idleness),
     }  # fmt: skip
@@ -108,7 +69,7 @@ def facts(effort: Effort, llama_server: str | None) -> dict[str, Any]:
     busy = busy_percent(effort.pause)
     out = machine()
     out["busy_percent"] = round(busy, 1)
-    if nginx := shutil.which("nginx") or shutil.which("nginx", path="/usr/sbin:/usr/local/sbin"):
+    if nginx := peers.nginx_program():
         out["versions"]["nginx"] = program_version([nginx, "-v"]).rpartition("/")[2]
     where = real.engines(llama_server)["llama-server"]
     out["versions"]["llama-server"] = where.version if isinstance(where, Location) else "not found"
