@@ -142,7 +142,10 @@ async def _streams(address: Address, message: str, number: int, spread: float, p
 
 
 def streams(address: Address, message: str, number: int, spread: float, patience: float) -> dict[str, Any]:
-    """`number` streams of the stub at once, begun within `spread` seconds.  Milliseconds: `gap` between chunks, `way` of each, `first` since its request."""
+    """`number` streams of the stub at once, begun within `spread` seconds.
+
+    Milliseconds: `gap` between chunks, `way` of each chunk, `first` one since its request.
+    """
     return run(_streams(address, message, number, spread, patience))
 
 
