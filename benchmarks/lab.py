@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -220,11 +221,12 @@ class Http:
         self.sock.close()
 
 
-def request(path: str, body: Mapping[str, object], token: str = "") -> bytes:
+def request(path: str, body: Mapping[str, object], token: str = "", headers: Mapping[str, str] = MappingProxyType({})) -> bytes:
     text = json.dumps(body).encode()
     head = f"POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: {len(text)}\r\n"
     if token:
         head += f"Authorization: Bearer {token}\r\n"
+    head += "".join(f"{name}: {value}\r\n" for name, value in headers.items())
     return head.encode() + b"\r\n" + text
 
 

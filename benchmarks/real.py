@@ -28,6 +28,7 @@ from llm_daemon.models.catalog import Catalog
 from llm_daemon.models.fetch import fetch_sync
 from llm_daemon.models.gguf import read_header
 from llm_daemon.spec import Wish
+from llm_daemon.testing import fake_engine
 from llm_daemon.testing.world import World
 
 STEP = 0.002  # seconds between two looks at a starting engine
@@ -41,6 +42,11 @@ def config(llama_server: str | None) -> str:
 def engines(llama_server: str | None) -> dict[str, Location | Missing]:
     registry = Registry({"llama-server": {"path": llama_server}} if llama_server else {})
     return {name: registry.locate(name) for name in ("xllamacpp", "llama-server")}
+
+
+def is_scripted(model: str) -> bool:
+    """Whether the "real" model is a scenario, as our tests have it."""
+    return model.endswith(fake_engine.SUFFIX)
 
 
 def is_none_here(llama_server: str | None, out: Section) -> bool:

@@ -23,7 +23,7 @@ from typing import Any, NoReturn
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[0] = str(ROOT)  # run as a script: our folder's name is the package
 
-from benchmarks import gateway, growth, peers, real, scripted  # noqa: E402
+from benchmarks import congestion, gateway, growth, peers, real, scripted  # noqa: E402
 from benchmarks.lab import FULL, QUICK, TINY, Effort, own_environment  # noqa: E402
 from benchmarks.report import Section, busy_percent, machine, program_version, show, show_machine  # noqa: E402
 from rich.console import Console  # noqa: E402
@@ -49,7 +49,11 @@ def sections(llama_server: str | None = None, model: str = "smollm2-135m") -> di
         "relay": ("5a. Relay, stub engine", gateway.relay),
         "requests": ("5b. Gateway, whole daemon", functools.partial(real.requests, llama_server=llama_server, model=model)),
         "idle": ("6. Memory, and doing nothing", scripted.idleness),
-        "growth": ("7. A crowd: tickets that wait, connections that are idle", growth.growth),
+        "congestion": (
+            "7. Congestion: five times more arrives than is served",
+            functools.partial(congestion.congestion, llama_server=llama_server, model=model),
+        ),
+        "growth": ("9. A crowd: tickets that wait, connections that are idle", growth.growth),
     }  # fmt: skip
 
 
