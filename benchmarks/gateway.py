@@ -9,7 +9,6 @@ machine does meets all of them.
 from __future__ import annotations
 
 import functools
-import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -142,7 +141,7 @@ def _streams(effort: Effort, it: Bench, out: Section) -> None:
     for number in STREAMS:
         found: dict[str, dict[str, list[float]]] = {way: {key: [] for key in KEYS} for way in it.ways}
         cpu: dict[str, list[float]] = {way: [] for way in it.ways}
-        for _ in range(4 if number == 1 else 2):
+        for _ in range(min(effort.rounds, 4 if number == 1 else 2)):
             for way in it.ways:
                 before = cpu_ms(it.ways[way].pid)
                 message = it.message(way, stream=True, max_tokens=effort.chunks)
@@ -153,7 +152,7 @@ def _streams(effort: Effort, it: Bench, out: Section) -> None:
         _stream_rows(number, found, out)
         if number > 1:
             spent = {way: median(values) for way, values in cpu.items() if way != "direct"}
-            add(out, f"{number} streams, CPU for a chunk", "us", spent, 2, "nginx")
+            add(out, f"{number} streams, CPU for a chunk", "us", spent, len(cpu["ours"]), "nginx")
         all_of_it = {way: {key: quantiles(values) for key, values in v.items()} for way, v in found.items()}
         out.extra[f"streams_{number}"] = {"ms": all_of_it, "cpu_us_a_chunk": cpu}
 
@@ -185,5 +184,4 @@ def _memory(effort: Effort, it: Bench, out: Section) -> None:
 
 
 def quantiles(values: Sequence[float]) -> dict[str, float]:
-    cuts = statistics.quantiles(values, n=100, method="inclusive")
-    return {"p50": round(cuts[49], 3), "p99": round(cuts[98], 3)}
+    return {"p50": round(percentile(values, 50), 3), "p99": round(percentile(values, 99), 3)}

@@ -19,8 +19,8 @@ from benchmarks.report import Row, Section, median, percentile
 from llm_daemon import Lease, attach
 
 SLOTS = 2
-ROUNDS = 6
-SETTLED = 3  # rounds until pools and arenas have their size
+ROUNDS = 5
+SETTLED = 2  # rounds until pools and arenas have their size
 PATIENCE = 30.0
 STEP = 0.005  # seconds between two looks at the queue
 SPARE = 1500  # file descriptors for everything that is not the crowd
@@ -51,7 +51,7 @@ def growth(effort: Effort, out: Section) -> None:
         out.notes.append(f"only {crowd} idle connections: RLIMIT_NOFILE is {hard}")
     with world() as here, load() as generator:
         here.config.write_text(CONFIG + here.config.read_text())
-        busy_model = fake_model(here, tokens=1_000_000, token_ms=50, silent=True)
+        busy_model = fake_model(here, tokens=20_000, token_ms=50, silent=True)
         with attach(busy_model, parallel=SLOTS) as busy, attach(fake_model(here, silent=True), parallel=2) as other:
             daemon = psutil.Process(other.daemon_pid)
             rounds = [one_round(effort, generator, daemon, busy, other, crowd) for _ in range(ROUNDS)]

@@ -91,16 +91,23 @@ def cold_start(effort: Effort, out: Section, llama_server: str | None, model: st
         out.extra[name] = {**found, "until_engine_runs": spawned, "version": where.version, "argv": list(plan.argv)}
 
 
+def model_path(model: str, engine: str) -> str:
+    """Where the model's file is, fetched if need be."""
+    return str(fetch_sync(Catalog.load({}).resolve(Wish.of(model, engine=engine)).artifact, Path(paths.cache_dir())))
+
+
+def threads() -> int:
+    """How many a daemon with default settings gives an engine."""
+    return max(1, usable_cores() - 1)
+
+
 def plan_for(engine: str, where: Location, model: str) -> Plan:
     """The plan that a daemon with default settings makes for this model."""
     settings = Settings()
     spec = Catalog.load({}).resolve(Wish.of(model, engine=engine))
-    path = fetch_sync(spec.artifact, Path(paths.cache_dir()))
-    context = min(settings.context, read_header(path).context_length or settings.context)
-    grant = Grant(
-        str(path), alias=spec.model, socket=SOCKET, context=context, parallel=settings.parallel,
-        threads=max(1, usable_cores() - 1),
-    )  # fmt: skip
+    path = model_path(model, engine)
+    context = min(settings.context, read_header(Path(path)).context_length or settings.context)
+    grant = Grant(path, alias=spec.model, socket=SOCKET, context=context, parallel=settings.parallel, threads=threads())
     return Registry({}).get(engine).plan(spec, where, grant)
 
 
@@ -144,9 +151,14 @@ def alone(folder: Path, plan: Plan) -> float:
             time.sleep(STEP)
         return (time.perf_counter() - began) * 1e3
     finally:
-        os.killpg(engine.pid, signal.SIGKILL)  # its own session, and not yet reaped: nobody else has this number
-        engine.wait()
+        end_group(engine)
         shutil.rmtree(folder)
+
+
+def end_group(leader: subprocess.Popen[bytes]) -> None:
+    """Kills the leader of a session and whatever it started."""
+    os.killpg(leader.pid, signal.SIGKILL)  # its own session, and not yet reaped: nobody else has this number
+    leader.wait()
 
 
 def answers(address: str, path: str) -> bool:

@@ -21,7 +21,7 @@ from rich.markup import escape
 from rich.table import Table
 
 BUSY = 15.0  # percent of all cores used by others: from here on the numbers are not to be believed
-PACKAGES = ("llm-daemon", "uvloop", "httptools", "msgspec", "xllamacpp")
+PACKAGES = ("llm-daemon", "uvloop", "httptools", "msgspec", "xllamacpp", "aiohttp")
 
 
 def median(values: Sequence[float]) -> float:
