@@ -200,7 +200,9 @@ TASKS = {task.__name__: task for task in (latency, throughput, streams, flooded,
 def main() -> None:
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-    print("ready", flush=True)
+    # Not sys.stdout: under PYTHONUNBUFFERED that loses the rest of a line that the pipe takes only in part.
+    out = open(1, "w", closefd=False)
+    print("ready", file=out, flush=True)
     for line in sys.stdin:
         order = json.loads(line)
         wall, cpu = time.perf_counter(), time.process_time()
@@ -209,7 +211,7 @@ def main() -> None:
         except Exception as e:  # told to whoever ordered it, who decides
             answer = {"error": f"{type(e).__name__}: {e}"}
         answer["cpu_share"] = round(100 * (time.process_time() - cpu) / (time.perf_counter() - wall), 1)
-        print(json.dumps(answer), flush=True)
+        print(json.dumps(answer), file=out, flush=True)
 
 
 if __name__ == "__main__":
