@@ -39,7 +39,9 @@ from benchmarks.lab import Effort, engine_socket, gateway_address, request, worl
 from benchmarks.report import Grid, Row, Section, median, percentile
 
 from llm_daemon import attach
+from llm_daemon.daemon.process import scrubbed_env
 from llm_daemon.engines.base import Location, Missing
+from llm_daemon.errors import LlmDaemonError
 
 ROUTE = "/v1/chat/completions"
 SLOTS, CONTEXT = 2, 4096
@@ -48,6 +50,7 @@ SAMPLE_TOKENS = 32  # from which the victim's length is found
 LEAD = 0.1  # seconds until a request that says nothing certainly runs, and until the probe certainly waits
 PATIENCE = 60.0
 TARGET = 30.0  # ms
+ROUTED = "bench-model"  # what router mode calls it
 CELLS = list(itertools.product((True, False), (False, True)))  # does the victim stream, does the company
 
 
@@ -236,7 +239,7 @@ def router(program: str, model: str) -> Iterator[Target]:
         free.close()
         models = here.base / "models"
         models.mkdir()
-        (models / "m.gguf").symlink_to(path)
+        (models / f"{ROUTED}.gguf").symlink_to(path)
         argv = [
             program, "--models-dir", str(models), "--host", "127.0.0.1", "--port", str(port), "-np", str(SLOTS),
             "-c", str(SLOTS * CONTEXT), "-t", str(real.threads()), "-tb", str(real.threads()),
@@ -244,7 +247,7 @@ def router(program: str, model: str) -> Iterator[Target]:
         with open(here.base / "router.log", "wb") as log:
             server = subprocess.Popen(
                 argv, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True, cwd=here.base,
-                env={**os.environ, "XDG_CONFIG_HOME": str(here.base), "XDG_CACHE_HOME": str(here.base), "HF_HUB_OFFLINE": "1"},
+                env={**scrubbed_env(os.environ, "bench"), "XDG_CONFIG_HOME": str(here.base), "XDG_CACHE_HOME": str(here.base)},
             )  # fmt: skip
         try:
             name = routed_name(port, server, here.base / "router.log")
@@ -261,9 +264,10 @@ def routed_name(port: int, server: subprocess.Popen[bytes], log: Path) -> str:
     """Waits until the router answers; returns what it calls the model."""
     deadline = time.monotonic() + PATIENCE
     while True:
-        with suppress(OSError, IndexError):
+        with suppress(OSError, StopIteration):
             with urllib.request.urlopen(f"http://127.0.0.1:{port}/v1/models", timeout=5) as answer:
-                return next(str(it["id"]) for it in json.load(answer)["data"] if "m" in str(it["id"]))
+                names = [str(it["id"]) for it in json.load(answer)["data"]]
+                return next(name for name in names if name.removesuffix(".gguf") == ROUTED)
         if server.poll() is not None or time.monotonic() > deadline:
             raise RuntimeError(f"router mode did not start ({server.returncode}): {log.read_text(errors='replace')[-1000:]}")
         time.sleep(real.STEP)
@@ -312,7 +316,7 @@ def fill(engine: str, ways: dict[str, Start], effort: Effort, out: Section) -> N
             try:
                 with start() as target:
                     cells[way] = measure(target, victim_streams, company_streams, effort)
-            except RuntimeError as e:
+            except (LlmDaemonError, RuntimeError, OSError) as e:
                 out.failed = True
                 out.notes.append(f"{engine}, {title}, {way}: not measured, {e}")
         for name, pick in (("p50", 50), ("p90", 90), ("max", 100)):
