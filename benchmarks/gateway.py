@@ -1,368 +1,187 @@
-"""What our HTTP relay costs, beside nginx and beside no relay at all, in one run on one machine.
+"""What our HTTP relay costs: the whole daemon beside no relay at all, nginx, and an aiohttp relay, in one run.
 
-Three ways to the same stub server on a unix socket: straight, through nginx (unbuffered, kept alive; left out when it is
-not installed) and through our gateway with token and Host check.  All processes of our own, loopback only.
-The rounds of the three ways alternate, so that whatever else the machine does meets all of them.
-
-    python benchmarks/gateway.py [--json FILE] [--quick] [--loop asyncio]
+Four ways to one stub engine (stub.py, which the daemon runs as its engine) on a unix socket: straight, through nginx
+(unbuffered, kept alive), through a plain aiohttp relay (peers.py) and through our gateway with token, Host check, ticket and
+queue.  The load generator (load.py) is a process of its own.  The rounds of the ways alternate, so that whatever else the
+machine does meets all of them.
 """
 
 from __future__ import annotations
 
-import argparse
-import asyncio
-import json
-import os
-import platform
-import shutil
-import socket
-import statistics
-import subprocess
-import sys
-import tempfile
-import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
-from pathlib import Path
+import functools
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
 from typing import Any
 
-TOKEN = "benchmark"
-BODY = b'{"model":"m","messages":[{"role":"user","content":"%b"}],"max_tokens":16}' % (b"word " * 20)
-ANSWER = b'{"id":"c","object":"chat.completion","choices":[{"index":0,"message":{"role":"assistant","content":"%b"}}]}' % (
-    b"word " * 30
-)
-INTERVAL = 0.02  # seconds between two chunks of a stream
-WAYS = ("direct", "nginx", "relay")
+import psutil
+from benchmarks import peers
+from benchmarks.lab import HERE, Effort, Load, cpu_ms, engine_socket, fake_model, gateway_address, load, request, world
+from benchmarks.report import Grid, Row, Section, iqr, median, percentile
+from benchmarks.stub import ANSWER, INTERVAL
+
+from llm_daemon import attach
+
+STUB = f'[engines.fake]\nadapter = "llm_daemon.testing.fake_engine:FakeEngine"\npath = "{HERE / "stub.py"}"\n'
+ENDING = ANSWER.decode()
+SLOTS = 256  # more than any measurement needs: nobody waits for a turn here
+CONNECTIONS = (8, 32)
+STREAMS = (1, 8, 64, 128)
+SPREAD = 0.2  # seconds in which they begin: first tokens then meet streams that run, not a rush of connections
+ORDER = ("direct", "nginx", "aiohttp", "ours")
+KEYS = {"first": "first token", "gap": "gap between chunks", "way": "a chunk's way"}
 
 
-# -- the servers, each in a process of its own
+@dataclass(slots=True)
+class Way:
+    """One way to the engine, and the process that is measured on it: the relay's, or the engine's own on the direct way."""
+
+    address: str | tuple[str, int]
+    pid: int
+    token: str = ""
 
 
-def loop_factory(name: str) -> Callable[[], asyncio.AbstractEventLoop]:
-    if name == "asyncio":
-        return asyncio.new_event_loop
-    import uvloop
+@dataclass(slots=True)
+class Bench:
+    """A running set of ways with a load generator; `shares` is how busy that was, in percent of a core, by measurement."""
 
-    return uvloop.new_event_loop
+    ways: dict[str, Way]
+    model: str
+    load: Load
+    shares: dict[str, list[float]] = field(default_factory=dict)
+
+    def ask(self, way: str, do: str, message: str, **order: Any) -> dict[str, Any]:
+        found = self.load.ask(do, address=self.ways[way].address, message=message, **order)
+        self.shares.setdefault(f"{do}, {way}", []).append(found["cpu_share"])
+        return found
+
+    def message(self, way: str, **body: object) -> str:
+        route = "/v1/chat/completions" if "stream" in body else "/v1/embeddings"
+        return request(route, {"model": self.model, **body}, self.ways[way].token).decode()
+
+    def short(self, way: str) -> str:
+        return self.message(way, input="word " * 20)
 
 
-class Stub(asyncio.Protocol):
-    """Answers each POST at once; a body with `"stream":true,"n":N` gets N chunks, each with the time it was written."""
+@contextmanager
+def bench() -> Iterator[Bench]:
+    """Daemon, stub, peers and load generator, all up."""
+    with world() as here, ExitStack() as stack:
+        here.config.write_text(here.config.read_text().partition("[engines.fake]")[0] + STUB)
+        llm = stack.enter_context(attach(fake_model(here), parallel=SLOTS))
+        path = engine_socket(here)
+        ways: dict[str, Way | None] = {"direct": Way(path, llm.pid)}
+        for name, start in (
+            ("nginx", functools.partial(peers.nginx, here.base, path)),
+            ("aiohttp", functools.partial(peers.aiohttp_relay, path)),
+        ):
+            peer = stack.enter_context(start())
+            ways[name] = Way(("127.0.0.1", peer.port), peer.pid) if peer else None
+        ways["ours"] = Way(gateway_address(llm.base_url), llm.daemon_pid, llm.api_key)
+        yield Bench({name: way for name in ORDER if (way := ways[name])}, llm.model, stack.enter_context(load()))
 
-    def connection_made(self, transport: Any) -> None:
-        self.transport, self.pending = transport, b""
 
-    def data_received(self, data: bytes) -> None:
-        self.pending += data
-        while (end := self.pending.find(b"\r\n\r\n")) >= 0:
-            length = int(self.pending[:end].lower().partition(b"content-length: ")[2].partition(b"\r")[0])
-            if len(self.pending) < end + 4 + length:
-                return
-            body, self.pending = self.pending[end + 4 : end + 4 + length], self.pending[end + 4 + length :]
-            if (found := body.find(b'"stream":true,"n":')) >= 0:
-                self.stream(int(body[found + 18 :].rstrip(b"}")))
-            else:
-                self.transport.write(
-                    b"HTTP/1.1 200 OK\r\nServer: stub\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n%b"
-                    % (len(ANSWER), ANSWER)
+def relay(effort: Effort, out: Section) -> None:
+    """Fills the section; see the module."""
+    with bench() as it:
+        for name in ORDER:
+            if name not in it.ways:
+                out.notes.append(
+                    f"{name} is not installed: no rows against it" + " (Debian: apt-get install nginx-light)" * (name == "nginx")
                 )
-
-    def stream(self, count: int) -> None:
-        self.transport.write(b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n")
-        loop = asyncio.get_running_loop()
-        begin = loop.time()
-
-        def step(number: int) -> None:
-            if self.transport.is_closing():
-                return
-            if number == count:
-                self.transport.write(b"0\r\n\r\n")
-                return
-            event = b"data: %d\n\n" % time.monotonic_ns()
-            self.transport.write(b"%x\r\n%b\r\n" % (len(event), event))
-            loop.call_at(begin + (number + 1) * INTERVAL, step, number + 1)
-
-        step(0)
+        out.grids.append(Grid("All ways", list(it.ways)))
+        for part in (_memory, _latency, _throughput, _streams):
+            part(effort, it, out)
+        shares = {name: round(max(values), 1) for name, values in it.shares.items()}
+    out.extra["generator_cpu_percent"] = shares
+    busiest = max(shares, key=lambda name: shares[name])
+    out.notes.append(f"The load generator used {shares[busiest]:.0f} % of a core at most ({busiest}); JSON has all.")
 
 
-class Desk:
-    """Everybody's turn is at once."""
-
-    def __init__(self, path: str) -> None:
-        from llm_daemon.daemon.gateway import Route
-
-        self.route = Route("m#1", path)
-
-    def open(self, ask: Any, turn: Any) -> None:
-        turn.run(self.route)
-
-    def cancel(self, ticket: str) -> None:
-        pass
-
-    def ended(self, ticket: str, served: bool = False) -> None:
-        pass
-
-    def lost(self, ask: Any, turn: Any, error: Any) -> bool:
-        return False
-
-    def models(self) -> list[dict[str, object]]:
-        return []
-
-    def health(self) -> dict[str, object]:
-        return {"status": "ok"}
+def add(out: Section, what: str, unit: str, found: Mapping[str, float], samples: int, base: str = "direct", **more: Any) -> None:
+    """All ways into the grid; ours against `base` as a row, if that was measured."""
+    out.grids[0].lines.append((what, unit, found))
+    if base in found:
+        out.rows.append(Row(what, unit, found["ours"], samples, baseline=found[base], against=base, **more))
 
 
-async def serve(role: str, path: str) -> None:
-    """Serves until stdin ends: the parent's death ends us too."""
-    loop = asyncio.get_running_loop()
-    if role == "stub":
-        await loop.create_unix_server(Stub, path, backlog=256)
-        print("ready", flush=True)
-    else:
-        from llm_daemon.daemon.gateway import Gateway
-
-        tcp = socket.socket()
-        tcp.bind(("127.0.0.1", 0))
-        await Gateway(Desk(path), token=TOKEN).serve(tcp, None)
-        print(tcp.getsockname()[1], flush=True)
-    over = asyncio.Event()
-    loop.add_reader(0, over.set)
-    await over.wait()
-
-
-@contextmanager
-def child(role: str, path: str, loop: str) -> Iterator[str]:
-    """Runs a server; yields the line it says when it is ready."""
-    argv = [sys.executable, __file__, "--role", role, "--path", path, "--loop", loop]
-    with subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
-        assert process.stdin is not None and process.stdout is not None
-        try:
-            line = process.stdout.readline().strip()
-            if not line:
-                raise SystemExit(f"the {role} did not start")
-            yield line
-        finally:
-            process.stdin.close()
-            process.wait(10)
+def _latency(effort: Effort, it: Bench, out: Section) -> None:
+    times: dict[str, list[float]] = {way: [] for way in it.ways}
+    medians: dict[str, list[float]] = {way: [] for way in it.ways}
+    for turn in range(effort.rounds + 1):
+        for way in it.ways:
+            taken = it.ask(way, "latency", it.short(way), ending=ENDING, count=effort.shots)["us"]
+            if turn:  # the first round warms up
+                times[way] += taken
+                medians[way].append(median(taken))
+    count, spread = effort.rounds * effort.shots, iqr(medians["ours"])
+    p50 = {way: median(taken) for way, taken in times.items()}
+    added = {way: value - p50["direct"] for way, value in p50.items() if way != "direct"}
+    add(out, "added to a request, p50", "us", added, count, "nginx", target=1.25, judged="ratio")
+    add(out, "one request, p50", "us", p50, count, spread=spread)
+    add(out, "one request, p99", "us", {way: percentile(taken, 99) for way, taken in times.items()}, count)
+    out.extra["latency_us"] = {way: quantiles(taken) | {"p50_of_rounds": medians[way]} for way, taken in times.items()}
 
 
-NGINX = """
-daemon off; master_process off; pid {folder}/nginx.pid; error_log stderr crit;
-events {{ worker_connections 1024; }}
-http {{
-  access_log off; keepalive_requests 10000000;
-  client_body_temp_path {folder}/b; proxy_temp_path {folder}/p; fastcgi_temp_path {folder}/f; uwsgi_temp_path {folder}/u;
-  scgi_temp_path {folder}/s;
-  upstream engine {{ server unix:{path}; keepalive 64; keepalive_requests 10000000; }}
-  server {{
-    listen 127.0.0.1:{port};
-    location / {{
-      proxy_pass http://engine; proxy_http_version 1.1; proxy_set_header Connection "";
-      proxy_buffering off; proxy_request_buffering on;
-    }}
-  }}
-}}
-"""
+def _throughput(effort: Effort, it: Bench, out: Section) -> None:
+    for number in CONNECTIONS:
+        rates: dict[str, list[float]] = {way: [] for way in it.ways}
+        for _ in range(2):
+            for way in it.ways:
+                found = it.ask(way, "throughput", it.short(way), ending=ENDING, connections=number, seconds=effort.burst)
+                rates[way].append(found["rate"])
+        best = {way: max(rate) for way, rate in rates.items()}
+        add(out, f"requests a second, {number} connections", "/s", best, 2, "nginx")
+        out.extra[f"rate_{number}"] = rates
 
 
-@contextmanager
-def nginx(folder: Path, path: str) -> Iterator[int | None]:
-    """Runs nginx in front of the stub; yields its port, or None where it is not installed."""
-    program = shutil.which("nginx") or shutil.which("nginx", path="/usr/sbin:/usr/local/sbin")
-    if program is None:
-        yield None
-        return
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = int(free.getsockname()[1])
-    config = folder / "nginx.conf"
-    config.write_text(NGINX.format(folder=folder, path=path, port=port))
-    with subprocess.Popen([program, "-p", str(folder), "-e", "stderr", "-c", str(config)]) as process:
-        try:
-            deadline = time.monotonic() + 5
-            while process.poll() is None and time.monotonic() < deadline:
-                with suppress(OSError):
-                    socket.create_connection(("127.0.0.1", port), 1).close()
-                    break
-                time.sleep(0.01)  # nginx has no way to say that it listens
-            yield port
-        finally:
-            process.terminate()
-            process.wait(10)
+def _streams(effort: Effort, it: Bench, out: Section) -> None:
+    """Gaps, ways and first tokens at several numbers of streams; CPU of the relay for each chunk."""
+    patience = effort.chunks * INTERVAL * 4 + 10
+    for number in STREAMS:
+        found: dict[str, dict[str, list[float]]] = {way: {key: [] for key in KEYS} for way in it.ways}
+        cpu: dict[str, list[float]] = {way: [] for way in it.ways}
+        for _ in range(min(effort.rounds, 4 if number == 1 else 2)):
+            for way in it.ways:
+                before = cpu_ms(it.ways[way].pid)
+                message = it.message(way, stream=True, max_tokens=effort.chunks)
+                got = it.ask(way, "streams", message, number=number, spread=SPREAD, patience=patience)
+                cpu[way].append((cpu_ms(it.ways[way].pid) - before) * 1e3 / (number * effort.chunks))
+                for key in KEYS:
+                    found[way][key] += got[key]
+        _stream_rows(number, found, out)
+        if number > 1:
+            spent = {way: median(values) for way, values in cpu.items() if way != "direct"}
+            add(out, f"{number} streams, CPU for a chunk", "us", spent, len(cpu["ours"]), "nginx")
+        all_of_it = {way: {key: quantiles(values) for key, values in v.items()} for way, v in found.items()}
+        out.extra[f"streams_{number}"] = {"ms": all_of_it, "cpu_us_a_chunk": cpu}
 
 
-# -- the measurements
+def _stream_rows(number: int, found: Mapping[str, Mapping[str, Sequence[float]]], out: Section) -> None:
+    title = f"{number} stream{'s' * (number > 1)}"
+    for key, percent in (("first", 50), ("gap", 50), ("gap", 99), ("way", 99)):
+        values = {way: percentile(v[key], percent) for way, v in found.items()}
+        goal: dict[str, Any] = {"target": 1.0, "judged": "difference"} if (key, percent) in (("first", 50), ("gap", 99)) else {}
+        add(out, f"{title}, {KEYS[key]}, p{percent}", "ms", values, len(found["ours"][key]), **goal)
 
 
-Address = str | tuple[str, int]
+def _memory(effort: Effort, it: Bench, out: Section) -> None:
+    """Growth of the relay's memory with idle connections that were served once.
 
-
-def request(body: bytes) -> bytes:
-    return (
-        b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nAuthorization: Bearer %b\r\nContent-Type: application/json\r\n"
-        b"Accept: application/json\r\nUser-Agent: bench\r\nContent-Length: %d\r\n\r\n%b" % (TOKEN.encode(), len(body), body)
-    )
-
-
-def latencies(address: Address, count: int) -> list[float]:
-    """Microseconds of `count` requests, one after the other on one connection."""
-    message, times = request(BODY), []
-    with socket.socket(socket.AF_UNIX if isinstance(address, str) else socket.AF_INET) as sock:
-        if not isinstance(address, str):
-            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        sock.connect(address)
-        for _ in range(count):
-            start = time.perf_counter_ns()
-            sock.sendall(message)
-            data = sock.recv(65536)
-            while not data.endswith(ANSWER):
-                if not (more := sock.recv(65536)):
-                    raise SystemExit(f"unexpected answer: {data[:200]!r}")
-                data += more
-            times.append((time.perf_counter_ns() - start) / 1e3)
-            if not data.startswith(b"HTTP/1.1 200"):
-                raise SystemExit(f"unexpected answer: {data[:200]!r}")
-    return times
-
-
-class Listener(asyncio.Protocol):
-    """Reads one stream; notes when each chunk came and how long it was on its way."""
-
-    def __init__(self, count: int) -> None:
-        self.count, self.done = count, asyncio.get_running_loop().create_future()
-        self.came: list[int] = []
-        self.delays: list[int] = []
-        self.pending = b""
-
-    def connection_made(self, transport: Any) -> None:
-        self.transport = transport
-        transport.write(request(b'{"model":"m","stream":true,"n":%d}' % self.count))
-
-    def data_received(self, data: bytes) -> None:
-        now = time.monotonic_ns()
-        *whole, self.pending = (self.pending + data).split(b"\n\n")
-        for event in whole:
-            self.came.append(now)
-            self.delays.append(now - int(event.rpartition(b"data: ")[2]))
-        if self.pending.endswith(b"0\r\n\r\n") and not self.done.done():
-            self.done.set_result(None)
-            self.transport.close()
-
-    def connection_lost(self, exc: Exception | None) -> None:
-        if not self.done.done():
-            self.done.set_exception(exc or ConnectionError("the stream ended early"))
-
-
-async def streams(address: Address, number: int, count: int) -> dict[str, list[float]]:
-    """`number` streams of `count` chunks at once: milliseconds between chunks, and of each chunk's way."""
-    loop = asyncio.get_running_loop()
-    listeners = []
-    for n in range(number):
-        if isinstance(address, str):
-            _, listener = await loop.create_unix_connection(lambda: Listener(count), address)
-        else:
-            _, listener = await loop.create_connection(lambda: Listener(count), *address)
-        listeners.append(listener)
-        await asyncio.sleep(INTERVAL / number if n + 1 < number else 0)  # spread over the interval, as real ones are
-    await asyncio.wait_for(asyncio.gather(*(listener.done for listener in listeners)), count * INTERVAL * 4 + 10)
-    return {
-        "gaps": [(b - a) / 1e6 for it in listeners for a, b in zip(it.came, it.came[1:], strict=False)],
-        "delays": [delay / 1e6 for it in listeners for delay in it.delays],
-        "first": [it.delays[0] / 1e6 for it in listeners],
-    }
+    First of all: memory that many streams left behind in a process would hold the connections without any growth.
+    """
+    grown = {}
+    for way in it.ways:
+        process = psutil.Process(it.ways[way].pid)
+        it.ask(way, "latency", it.short(way), ending=ENDING, count=100)
+        before = process.memory_info().rss
+        it.ask(way, "hold", it.short(way), ending=ENDING, number=effort.idlers)
+        grown[way] = (process.memory_info().rss - before) / 1e3 / effort.idlers
+        it.load.ask("release", reset=True)
+    grown.pop("direct")
+    add(out, f"memory of an idle connection, of {effort.idlers}", "kB", grown, effort.idlers, "nginx")
+    out.notes.append("Memory is growth of RSS: what the kernel keeps for sockets is not in it.")
 
 
 def quantiles(values: Sequence[float]) -> dict[str, float]:
-    cuts = statistics.quantiles(values, n=100, method="inclusive")
-    return {"p50": round(cuts[49], 3), "p99": round(cuts[98], 3)}
-
-
-def measure(ways: dict[str, Address], rounds: int, count: int, chunks: int, loop: str) -> dict[str, Any]:
-    for address in ways.values():
-        latencies(address, min(count, 500))  # warm
-    times: dict[str, list[float]] = {way: [] for way in ways}
-    medians: dict[str, list[float]] = {way: [] for way in ways}
-    for _ in range(rounds):
-        for way, address in ways.items():
-            taken = latencies(address, count)
-            times[way] += taken
-            medians[way].append(statistics.median(taken))
-    result: dict[str, Any] = {"latency_us": {way: quantiles(v) for way, v in times.items()}, "streams_ms": {}}
-    for way, per_round in medians.items():
-        result["latency_us"][way]["p50_of_rounds"] = [round(m, 1) for m in per_round]
-    for number in (1, 64):
-        found: dict[str, dict[str, list[float]]] = {way: {"gaps": [], "delays": [], "first": []} for way in ways}
-        for _ in range(3 if number == 1 else 2):
-            for way, address in ways.items():
-                with asyncio.Runner(loop_factory=loop_factory(loop)) as runner:
-                    for key, values in runner.run(streams(address, number, chunks)).items():
-                        found[way][key] += values
-        result["streams_ms"][str(number)] = {
-            way: {"gap": quantiles(v["gaps"]), "delay": quantiles(v["delays"]), "first": quantiles(v["first"])}
-            for way, v in found.items()
-        }
-    if "nginx" in ways:
-        ours, theirs = (result["latency_us"][way]["p50"] for way in ("relay", "nginx"))
-        result["relay_p50_over_nginx"] = round(ours / theirs, 3)
-    return result
-
-
-def table(result: dict[str, Any]) -> str:
-    latency = result["latency_us"]
-    base = latency["direct"]["p50"]
-    lines = [f"{'one request':<22}{'p50 us':>10}{'p99 us':>10}{'added p50':>12}{'x nginx':>10}"]
-    for way, found in latency.items():
-        ratio = f"{found['p50'] / latency['nginx']['p50']:.2f}" if "nginx" in latency else "-"
-        lines.append(f"{way:<22}{found['p50']:>10.1f}{found['p99']:>10.1f}{found['p50'] - base:>12.1f}{ratio:>10}")
-    for number, by_way in result["streams_ms"].items():
-        title = f"{number} stream{'s' if number != '1' else ''}, ms"
-        lines.append(f"\n{title:<22}{'gap p50':>10}{'gap p99':>10}{'way p50':>12}{'way p99':>10}{'first p99':>11}")
-        for way, v in by_way.items():
-            lines.append(
-                f"{way:<22}{v['gap']['p50']:>10.2f}{v['gap']['p99']:>10.2f}{v['delay']['p50']:>12.3f}{v['delay']['p99']:>10.3f}"
-                f"{v['first']['p99']:>11.3f}"
-            )
-    return "\n".join(lines)
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the benchmark; `--json FILE` (or `-`) also writes the numbers.  Returns the exit status."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", metavar="FILE", help="write the numbers as JSON; - for standard output instead of the table")
-    parser.add_argument("--quick", action="store_true", help="a tenth of the work: shows that it runs, proves nothing")
-    parser.add_argument("--loop", choices=("uvloop", "asyncio"), default="uvloop", help="event loop of our relay")
-    parser.add_argument("--role", choices=("stub", "relay"), help=argparse.SUPPRESS)
-    parser.add_argument("--path", help=argparse.SUPPRESS)
-    options = parser.parse_args(argv)
-    if options.role:
-        with asyncio.Runner(loop_factory=loop_factory(options.loop)) as runner:
-            runner.run(serve(options.role, options.path))
-        return 0
-    rounds, count, chunks = (2, 300, 20) if options.quick else (10, 2000, 100)
-    with tempfile.TemporaryDirectory(prefix="llmd-") as name:
-        path = os.path.join(name, "stub.sock")
-        with child("stub", path, "uvloop"), child("relay", path, options.loop) as port, nginx(Path(name), path) as other:
-            places: dict[str, Address | None] = {
-                "direct": path,
-                "nginx": ("127.0.0.1", other) if other else None,
-                "relay": ("127.0.0.1", int(port)),
-            }
-            ways = {way: address for way in WAYS if (address := places[way]) is not None}
-            result = measure(ways, rounds, count, chunks, "uvloop")
-    result["machine"] = {
-        "python": platform.python_version(), "system": platform.platform(), "cores": os.cpu_count(), "loop": options.loop,
-        "requests": rounds * count, "quick": options.quick,
-    }  # fmt: skip
-    if options.json == "-":
-        print(json.dumps(result, indent=1))
-        return 0
-    print(table(result))
-    if "nginx" not in ways:
-        print("\nnginx is not installed: no ratio (Debian: apt-get install nginx-light)")
-    if options.json:
-        Path(options.json).write_text(json.dumps(result, indent=1) + "\n")
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+    return {"p50": round(percentile(values, 50), 3), "p99": round(percentile(values, 99), 3)}

@@ -15,9 +15,12 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
+from urllib.parse import urlsplit
 
 from llm_daemon.client import sync
+from llm_daemon.daemon.supervisor import SOCKET
 from llm_daemon.testing.world import World
 
 HERE = Path(__file__).resolve().parent
@@ -35,12 +38,32 @@ class Effort:
     requests: int
     idle: float
     pause: float  # for the look at what others do, before and after each section
-    gateway: tuple[str, ...] = ()
+    rounds: int  # of the relay's latencies, with `shots` requests each
+    shots: int
+    burst: float  # seconds of full load
+    chunks: int  # of each stream
+    idlers: int  # idle connections for the memory of one
+    crowd: int  # idle connections, and
+    queue: int  # waiting tickets, of the growth
+    floods: int  # times that too much arrives, for each lane
+    flood: float  # seconds it arrives for
+    hangups: int  # for each cell
+    natural: float  # seconds a victim of a hang-up lives if nobody stops it
+    all_cells: bool = True  # of the hang-ups; else the first and the last
 
 
-FULL = Effort(attaches=800, processes=50, starts=8, loads=15, requests=300, idle=20.0, pause=1.0)
-QUICK = Effort(attaches=100, processes=8, starts=1, loads=4, requests=15, idle=1.5, pause=0.1, gateway=("--quick",))
-TINY = Effort(attaches=3, processes=1, starts=1, loads=1, requests=2, idle=0.2, pause=0.05, gateway=("--quick",))
+FULL = Effort(
+    attaches=800, processes=50, starts=8, loads=15, requests=300, idle=20.0, pause=1.0, rounds=10, shots=2000, burst=1.0,
+    chunks=60, idlers=2000, crowd=10_000, queue=1000, floods=5, flood=0.8, hangups=20, natural=2.4,
+)  # fmt: skip
+QUICK = Effort(
+    attaches=100, processes=8, starts=1, loads=4, requests=15, idle=1.5, pause=0.1, rounds=2, shots=300, burst=0.2,
+    chunks=20, idlers=500, crowd=1000, queue=200, floods=2, flood=0.4, hangups=3, natural=2.4,
+)  # fmt: skip
+TINY = Effort(
+    attaches=3, processes=1, starts=1, loads=1, requests=2, idle=0.2, pause=0.05, rounds=1, shots=20, burst=0.05,
+    chunks=4, idlers=50, crowd=100, queue=20, floods=1, flood=0.1, hangups=1, natural=0.6, all_cells=False,
+)  # fmt: skip
 
 
 def own_environment() -> None:
@@ -77,6 +100,19 @@ def fake_model(here: World, **scenario: object) -> str:
     return str(path)
 
 
+def engine_socket(here: World) -> str:
+    """The unix socket of the only engine that runs in this world: the way past us."""
+    (path,) = here.runtime.glob(f"g-*/*/{SOCKET}")
+    return str(path)
+
+
+def gateway_address(base_url: str) -> tuple[str, int]:
+    """Where a lease's `base_url` is, for a socket."""
+    parts = urlsplit(base_url)
+    assert parts.hostname and parts.port
+    return parts.hostname, parts.port
+
+
 def status() -> dict[str, Any]:
     """What the running daemon says of itself."""
     talk = sync.connect(start_daemon=False, lease=False)
@@ -101,6 +137,28 @@ def child(*argv: str) -> Iterator[subprocess.Popen[str]]:
         finally:
             process.stdin.close()
             process.wait()
+
+
+class Load:
+    """The load generator: load.py says what it can be asked."""
+
+    def __init__(self, process: subprocess.Popen[str]) -> None:
+        assert process.stdin is not None and process.stdout is not None
+        self.orders, self.answers = process.stdin, process.stdout
+
+    def ask(self, do: str, **order: object) -> dict[str, Any]:
+        """Raises RuntimeError if it could not be done."""
+        print(json.dumps({"do": do, **order}), file=self.orders, flush=True)
+        answer: dict[str, Any] = json.loads(self.answers.readline() or '{"error": "the load generator died"}')
+        if "error" in answer:
+            raise RuntimeError(f"{do} at {order.get('address')}: {answer['error']}")
+        return answer
+
+
+@contextmanager
+def load() -> Iterator[Load]:
+    with child(str(HERE / "load.py")) as process:
+        yield Load(process)
 
 
 def interleaved(ways: Mapping[str, Callable[[], float]], rounds: int, seed: int = 1) -> dict[str, list[float]]:
@@ -165,11 +223,12 @@ class Http:
         self.sock.close()
 
 
-def request(path: str, body: Mapping[str, object], token: str = "") -> bytes:
+def request(path: str, body: Mapping[str, object], token: str = "", headers: Mapping[str, str] = MappingProxyType({})) -> bytes:
     text = json.dumps(body).encode()
     head = f"POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: {len(text)}\r\n"
     if token:
         head += f"Authorization: Bearer {token}\r\n"
+    head += "".join(f"{name}: {value}\r\n" for name, value in headers.items())
     return head.encode() + b"\r\n" + text
 
 

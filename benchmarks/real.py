@@ -14,8 +14,8 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-from benchmarks import gateway, scripted
-from benchmarks.lab import Effort, Http, fake_model, interleaved, request, status, world
+from benchmarks import peers, scripted
+from benchmarks.lab import Effort, Http, engine_socket, fake_model, gateway_address, interleaved, request, status, world
 from benchmarks.report import Row, Section, median
 
 from llm_daemon import Progress, attach, paths
@@ -28,6 +28,7 @@ from llm_daemon.models.catalog import Catalog
 from llm_daemon.models.fetch import fetch_sync
 from llm_daemon.models.gguf import read_header
 from llm_daemon.spec import Wish
+from llm_daemon.testing import fake_engine
 from llm_daemon.testing.world import World
 
 STEP = 0.002  # seconds between two looks at a starting engine
@@ -41,6 +42,11 @@ def config(llama_server: str | None) -> str:
 def engines(llama_server: str | None) -> dict[str, Location | Missing]:
     registry = Registry({"llama-server": {"path": llama_server}} if llama_server else {})
     return {name: registry.locate(name) for name in ("xllamacpp", "llama-server")}
+
+
+def is_scripted(model: str) -> bool:
+    """Whether the "real" model is a scenario, as our tests have it."""
+    return model.endswith(fake_engine.SUFFIX)
 
 
 def is_none_here(llama_server: str | None, out: Section) -> bool:
@@ -85,16 +91,23 @@ def cold_start(effort: Effort, out: Section, llama_server: str | None, model: st
         out.extra[name] = {**found, "until_engine_runs": spawned, "version": where.version, "argv": list(plan.argv)}
 
 
+def model_path(model: str, engine: str) -> str:
+    """Where the model's file is, fetched if need be."""
+    return str(fetch_sync(Catalog.load({}).resolve(Wish.of(model, engine=engine)).artifact, Path(paths.cache_dir())))
+
+
+def threads() -> int:
+    """How many a daemon with default settings gives an engine."""
+    return max(1, usable_cores() - 1)
+
+
 def plan_for(engine: str, where: Location, model: str) -> Plan:
     """The plan that a daemon with default settings makes for this model."""
     settings = Settings()
     spec = Catalog.load({}).resolve(Wish.of(model, engine=engine))
-    path = fetch_sync(spec.artifact, Path(paths.cache_dir()))
-    context = min(settings.context, read_header(path).context_length or settings.context)
-    grant = Grant(
-        str(path), alias=spec.model, socket=SOCKET, context=context, parallel=settings.parallel,
-        threads=max(1, usable_cores() - 1),
-    )  # fmt: skip
+    path = model_path(model, engine)
+    context = min(settings.context, read_header(Path(path)).context_length or settings.context)
+    grant = Grant(path, alias=spec.model, socket=SOCKET, context=context, parallel=settings.parallel, threads=threads())
     return Registry({}).get(engine).plan(spec, where, grant)
 
 
@@ -138,9 +151,14 @@ def alone(folder: Path, plan: Plan) -> float:
             time.sleep(STEP)
         return (time.perf_counter() - began) * 1e3
     finally:
-        os.killpg(engine.pid, signal.SIGKILL)  # its own session, and not yet reaped: nobody else has this number
-        engine.wait()
+        end_group(engine)
         shutil.rmtree(folder)
+
+
+def end_group(leader: subprocess.Popen[bytes]) -> None:
+    """Kills the leader of a session and whatever it started."""
+    os.killpg(leader.pid, signal.SIGKILL)  # its own session, and not yet reaped: nobody else has this number
+    leader.wait()
 
 
 def answers(address: str, path: str) -> bool:
@@ -200,10 +218,8 @@ def asked(here: World, model: str, count: int) -> dict[str, list[float]]:
         return took
 
     with attach(model) as llm:
-        (socket_path,) = (str(path) for path in here.runtime.glob(f"g-*/*/{SOCKET}"))
-        port = int(llm.base_url.rpartition(":")[2].partition("/")[0])
         message = request(ROUTE, {**BODY, "model": llm.model}, llm.api_key)
-        with clients(socket_path, port, here.base) as ways:
+        with clients(engine_socket(here), gateway_address(llm.base_url), here.base) as ways:
             asks = {name: functools.partial(ask, way) for name, way in ways.items()}
             interleaved(asks, min(count, 20))  # warm
             queue.clear()
@@ -211,12 +227,12 @@ def asked(here: World, model: str, count: int) -> dict[str, list[float]]:
 
 
 @contextmanager
-def clients(socket_path: str, port: int, folder: Path) -> Iterator[dict[str, Http]]:
+def clients(socket_path: str, ours: tuple[str, int], folder: Path) -> Iterator[dict[str, Http]]:
     with ExitStack() as stack:
-        other = stack.enter_context(gateway.nginx(folder, socket_path))
-        ways = {"direct": Http(socket_path), "ours": Http(("127.0.0.1", port))}
+        other = stack.enter_context(peers.nginx(folder, socket_path))
+        ways = {"direct": Http(socket_path), "ours": Http(ours)}
         if other is not None:
-            ways["nginx"] = Http(("127.0.0.1", other))
+            ways["nginx"] = Http(("127.0.0.1", other.port))
         for way in ways.values():
             stack.callback(way.close)
         yield ways

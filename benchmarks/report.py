@@ -8,19 +8,20 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
 
 import psutil
+from rich import box
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
 BUSY = 15.0  # percent of all cores used by others: from here on the numbers are not to be believed
-PACKAGES = ("llm-daemon", "uvloop", "httptools", "msgspec", "xllamacpp")
+PACKAGES = ("llm-daemon", "uvloop", "httptools", "msgspec", "xllamacpp", "aiohttp")
 
 
 def median(values: Sequence[float]) -> float:
@@ -84,12 +85,26 @@ class Row:
 
 
 @dataclass(slots=True)
+class Grid:
+    """The same quantities measured on several ways: `lines` holds (what, unit, {way: value}), all from this run."""
+
+    title: str
+    ways: Sequence[str]
+    lines: list[tuple[str, str, Mapping[str, float]]] = field(default_factory=list)
+
+    def wire(self) -> dict[str, Any]:
+        lines = [{"what": what, "unit": unit, "values": dict(values)} for what, unit, values in self.lines]
+        return {"title": self.title, "ways": list(self.ways), "lines": lines}
+
+
+@dataclass(slots=True)
 class Section:
-    """One table.  `busy`: percent of all cores that others used before or after; `failed`: it was not measured in full."""
+    """One table, and grids.  `busy`: percent of all cores that others used before or after; `failed`: not measured in full."""
 
     name: str
     title: str
     rows: list[Row] = field(default_factory=list)
+    grids: list[Grid] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     extra: dict[str, Any] = field(default_factory=dict)
     busy: float = 0.0
@@ -98,8 +113,9 @@ class Section:
 
     def wire(self) -> dict[str, Any]:
         return {
-            "name": self.name, "title": self.title, "rows": [row.wire() for row in self.rows], "notes": self.notes,
-            "extra": self.extra, "busy_percent": self.busy, "seconds": round(self.seconds, 1), "failed": self.failed,
+            "name": self.name, "title": self.title, "rows": [row.wire() for row in self.rows],
+            "grids": [grid.wire() for grid in self.grids], "notes": self.notes, "extra": self.extra,
+            "busy_percent": self.busy, "seconds": round(self.seconds, 1), "failed": self.failed,
         }  # fmt: skip
 
 
@@ -143,11 +159,30 @@ def table(section: Section) -> Table:
     return out
 
 
+def grid_table(grid: Grid) -> Table:
+    """Each way's value; in brackets, how many times the first way's it is."""
+    out = Table(title=escape(grid.title), title_justify="left", title_style="bold", box=box.SIMPLE_HEAD)
+    out.add_column("", no_wrap=True)
+    for way in grid.ways:
+        out.add_column(way, justify="right", no_wrap=True)
+    for what, unit, values in grid.lines:
+        base, cells = values.get(grid.ways[0]), []
+        for way in grid.ways:
+            cell = number(values.get(way), unit)
+            cells.append(
+                f"{cell} [dim](x{number(values[way] / base)})" if base and way in values and way != grid.ways[0] else cell
+            )
+        out.add_row(escape(what), *cells)
+    return out
+
+
 def show(console: Console, section: Section) -> None:
     if section.rows:
         console.print(table(section))
     else:
         console.print(f"[bold]{escape(section.title)}[/]  [dim]({section.name})")
+    for grid in section.grids:
+        console.print(grid_table(grid))
     for note in section.notes:
         console.print(f"  {escape(note)}", highlight=False)
     if section.busy > BUSY:

@@ -1,6 +1,6 @@
 """Our own speed, beside what it could be: each number next to a baseline that was measured in the same run.
 
-    python benchmarks/run.py [--quick] [--json FILE] [--only NAME ...] [--llama-server PATH]
+    python benchmarks/run.py [--quick] [--json FILE] [--only NAME,...] [--llama-server PATH]
 
 Private folders and loopback only; everything it starts ends with it.  Linux.  A machine that does something else at the
 time makes the numbers worthless: the tables say so.  Targets are those of the architecture.  Exit status 0 if everything
@@ -11,67 +11,28 @@ from __future__ import annotations
 
 import argparse
 import functools
-import io
 import json
 import os
-import shutil
 import signal
 import sys
 import time
 from collections.abc import Callable, Sequence
-from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any, NoReturn
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[0] = str(ROOT)  # run as a script: our folder's name is the package
 
-from benchmarks import gateway, real, scripted  # noqa: E402
+from benchmarks import congestion, gateway, growth, hangup, peers, real, scripted  # noqa: E402
 from benchmarks.lab import FULL, QUICK, TINY, Effort, own_environment  # noqa: E402
-from benchmarks.report import Row, Section, busy_percent, iqr, machine, program_version, show, show_machine  # noqa: E402
+from benchmarks.report import Section, busy_percent, machine, program_version, show, show_machine  # noqa: E402
 from rich.console import Console  # noqa: E402
 
 from llm_daemon.engines.base import Location  # noqa: E402
 from llm_daemon.errors import LlmDaemonError  # noqa: E402
 
-LIMIT = 360  # seconds; a full run takes about half
+LIMIT = 900  # seconds for everything
 Measure = Callable[[Effort, Section], None]
-# What gateway.py says of streams: key, in words, quantile.
-STREAMS = (("first", "first chunk's way", "p50"), ("delay", "a chunk's way", "p50"), ("gap", "gap between chunks", "p99"))
-
-
-def relay(effort: Effort, out: Section) -> None:
-    """benchmarks/gateway.py: a stub server straight, through nginx and through our relay."""
-    with redirect_stdout(io.StringIO()) as said:
-        gateway.main(["--json", "-", *effort.gateway])
-    found: dict[str, Any] = json.loads(said.getvalue())
-    out.extra = found
-    latency, streams = found["latency_us"], found["streams_ms"]
-    count = int(found["machine"]["requests"])
-    base, rows = latency["direct"], out.rows
-    added = {way: numbers["p50"] - base["p50"] for way, numbers in latency.items()}
-    if "nginx" not in added:
-        out.notes.append("nginx is not installed: no ratio (Debian: apt-get install nginx-light)")
-    rows.append(
-        Row(
-            "added to a request by us, p50", "us", added["relay"], count, baseline=added.get("nginx"), against="nginx",
-            target=1.25, judged="ratio",
-        )
-    )  # fmt: skip
-    for way, title in (("relay", "one request through us"), ("nginx", "one request through nginx")):
-        if numbers := latency.get(way):
-            spread = iqr(numbers["p50_of_rounds"])
-            rows.append(Row(f"{title}, p50", "us", numbers["p50"], count, spread, base["p50"], "direct"))
-            rows.append(Row(f"{title}, p99", "us", numbers["p99"], count, None, base["p99"], "direct"))
-    for number, ways in streams.items():
-        for what, title, percent in STREAMS:
-            rows.append(
-                Row(
-                    f"{number} stream{'s' if number != '1' else ''}, {title}, {percent}", "ms", ways["relay"][what][percent],
-                    baseline=ways["direct"][what][percent], against="direct", target=1.0, judged="difference",
-                )
-            )  # fmt: skip
-    out.notes.append("IQR here is that of the rounds' medians.")
 
 
 def sections(llama_server: str | None = None, model: str = "smollm2-135m") -> dict[str, tuple[str, Measure]]:
@@ -85,30 +46,49 @@ def sections(llama_server: str | None = None, model: str = "smollm2-135m") -> di
         "process": ("2. A whole process that attaches", scripted.whole_process),
         "cold": ("3. Cold start, starter model", functools.partial(real.cold_start, llama_server=llama_server, model=model)),
         "ready": ("4. Readiness noticed", scripted.readiness),
-        "gateway": ("5a. Gateway, stub server", relay),
+        "relay": ("5a. Relay, stub engine", gateway.relay),
         "requests": ("5b. Gateway, whole daemon", functools.partial(real.requests, llama_server=llama_server, model=model)),
         "idle": ("6. Memory, and doing nothing", scripted.idleness),
+        "growth": ("7. A crowd: tickets that wait, connections that are idle", growth.growth),
+        "congestion": (
+            "8. Congestion: five times more arrives than is served",
+            functools.partial(congestion.congestion, llama_server=llama_server, model=model),
+        ),
+        # The longest is the last: it is the one cut short where the time is over.
+        "hangup": (
+            "9. Hang-up until the slot is free", functools.partial(hangup.hangup, llama_server=llama_server, model=model),
+        ),
     }  # fmt: skip
 
 
-def fill(section: Section, measure: Measure, effort: Effort) -> None:
-    """Measures; what cannot be measured here is a note, and the others go on."""
-    section.busy = busy_percent(effort.pause)
+class Overdue(BaseException):
+    """The time is over.  No Exception: no measurement may take it for a failure of its own."""
+
+
+def fill(section: Section, measure: Measure, effort: Effort, deadline: float) -> None:
+    """Measures; what cannot be measured here, or not until `deadline` (monotonic seconds), is a note, and the others go on."""
     began = time.monotonic()
     try:
+        signal.setitimer(signal.ITIMER_REAL, max(0.001, deadline - began))
+        section.busy = busy_percent(effort.pause)
         measure(effort, section)
+        section.busy = max(section.busy, busy_percent(effort.pause))
+        signal.setitimer(signal.ITIMER_REAL, 0)
+    except Overdue:
+        section.failed = True
+        section.notes.append(f"not measured in full: the time is over, {LIMIT} s for everything")
     except (LlmDaemonError, RuntimeError, OSError) as e:
+        signal.setitimer(signal.ITIMER_REAL, 0)
         section.failed = True
         section.notes.append(f"not measured in full: {e.full() if isinstance(e, LlmDaemonError) else e}")
     section.seconds = time.monotonic() - began
-    section.busy = max(section.busy, busy_percent(effort.pause))
 
 
 def facts(effort: Effort, llama_server: str | None) -> dict[str, Any]:
     busy = busy_percent(effort.pause)
     out = machine()
     out["busy_percent"] = round(busy, 1)
-    if nginx := shutil.which("nginx") or shutil.which("nginx", path="/usr/sbin:/usr/local/sbin"):
+    if nginx := peers.nginx_program():
         out["versions"]["nginx"] = program_version([nginx, "-v"]).rpartition("/")[2]
     where = real.engines(llama_server)["llama-server"]
     out["versions"]["llama-server"] = where.version if isinstance(where, Location) else "not found"
@@ -117,7 +97,9 @@ def facts(effort: Effort, llama_server: str | None) -> dict[str, Any]:
 
 def give_up(number: int, frame: object) -> NoReturn:
     """A signal becomes an exception, so that everything is cleared away."""
-    raise SystemExit(f"stopped by {signal.Signals(number).name}" if number != signal.SIGALRM else f"not done after {LIMIT} s")
+    if number == signal.SIGALRM:
+        raise Overdue
+    raise SystemExit(f"stopped by {signal.Signals(number).name}")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -125,28 +107,31 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--json", metavar="FILE", help="write everything as JSON")
     parser.add_argument("--quick", action="store_true", help="a few samples of each: shows that it runs, proves little")
     parser.add_argument("--tiny", action="store_true", help=argparse.SUPPRESS)  # for tests: one sample of each
-    parser.add_argument("--only", nargs="+", metavar="NAME", choices=list(sections()), help="some sections: %(choices)s")
+    parser.add_argument("--only", nargs="+", metavar="NAME", help=f"some sections: {', '.join(sections())}")
     parser.add_argument(
         "--llama-server", metavar="PATH", help="a llama-server to measure too (default: LLM_DAEMON_TEST_LLAMA_SERVER, else PATH)"
     )
     parser.add_argument("--model", default="smollm2-135m", help="for real engines (%(default)s)")
     options = parser.parse_args(argv)
+    only = [name for word in options.only or () for name in word.split(",")]
+    if unknown := set(only) - set(sections()):
+        parser.error(f"no section {', '.join(sorted(unknown))}: there are {', '.join(sections())}")
     llama_server = options.llama_server or os.environ.get("LLM_DAEMON_TEST_LLAMA_SERVER")
     effort = TINY if options.tiny else QUICK if options.quick else FULL
     own_environment()
     for number in (signal.SIGALRM, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, give_up)
-    signal.alarm(LIMIT)
+    deadline = time.monotonic() + LIMIT
 
     console = Console(width=None if sys.stdout.isatty() else 150)
     about = facts(effort, llama_server)
     show_machine(console, about)
     done = []
     for name, (title, measure) in sections(llama_server, options.model).items():
-        if options.only and name not in options.only:
+        if only and name not in only:
             continue
         section = Section(name, title)
-        fill(section, measure, effort)
+        fill(section, measure, effort, deadline)
         show(console, section)
         done.append(section)
     judged = [row.met for section in done for row in section.rows if row.met is not None]

@@ -55,21 +55,59 @@ def names(found: dict[str, Any]) -> list[str]:
 
 
 def test_what_the_daemon_costs_without_a_model(short_tmp: Path) -> None:
-    found = run(short_tmp, "--only", "attach", "process", "ready", "idle")
+    found = run(short_tmp, "--only", "attach,process", "ready", "idle")
     assert names(found) == ["attach", "process", "ready", "idle"]
     assert {"cpu", "cores", "python", "load_before", "busy_percent", "versions"} <= found["machine"].keys()
     what = {row["what"] for section in found["sections"] for row in section["rows"]}
     assert {"attach, p50", "attach, p99", "import llm_daemon", "attach, whole process", "daemon after start, RSS"} <= what
 
 
+def test_the_relay_beside_its_peers(short_tmp: Path) -> None:
+    (relay,) = run(short_tmp, "--only", "relay")["sections"]
+    (grid,) = relay["grids"]
+    assert {"direct", "aiohttp", "ours"} <= set(grid["ways"]) <= {"direct", "nginx", "aiohttp", "ours"}
+    for line in grid["lines"]:
+        assert {"aiohttp", "ours"} <= line["values"].keys() <= set(grid["ways"])
+    assert {row["what"] for row in relay["rows"]} >= {f"{n} streams, gap between chunks, p99" for n in (8, 64, 128)}
+    assert {f"streams, {way}" for way in grid["ways"]} <= relay["extra"]["generator_cpu_percent"].keys()
+
+
+def test_a_crowd_keeps_its_connections_and_leaves_the_queue_empty(short_tmp: Path) -> None:
+    (growth,) = run(short_tmp, "--only", "growth")["sections"]
+    rows = {row["what"]: row for row in growth["rows"]}
+    assert rows["connections that were closed or answered"]["value"] == 0
+    assert rows["all hang up until none waits or runs"]["value"] > 0
+    assert all(one["crowded_mb"] > 0 for one in growth["extra"]["rounds"])
+
+
+def test_no_request_is_lost_and_slots_become_free(short_tmp: Path, tmp_path: Path) -> None:
+    model = tmp_path / "m.fake.json"
+    model.write_text(json.dumps({"tokens": 10_000, "token_ms": 5, "ignores_disconnect": "nonstream"}))
+    congestion, hangup = run(short_tmp, "--only", "congestion,hangup", "--model", str(model))["sections"]
+    rows = {row["what"]: row["value"] for row in congestion["rows"]}
+    assert [value for what, value in rows.items() if "without an end" in what] == [0, 0, 0]
+    assert [len(row["values"]) for row in congestion["grids"][0]["lines"]] == [3, 3, 3]
+    lost = {row["what"]: row for row in hangup["rows"]}
+    # The scripted engine goes on for a non-streaming client that is gone: straight to it, that is seen.
+    assert lost["scripted engine: non-streaming, beside a stream, p50"]["baseline"] > 100
+    assert lost["scripted engine: streaming, quiet, p50"]["baseline"] < 100
+
+
 @pytest.mark.real
 def test_what_the_daemon_costs_on_a_real_engine(short_tmp: Path, smollm2: str) -> None:
-    found = run(short_tmp, "--only", "named", "cold", "gateway", "requests", "--model", smollm2)
-    assert names(found) == ["named", "cold", "gateway", "requests"]
-    _, cold, gateway, requests = found["sections"]
+    found = run(short_tmp, "--only", "named,cold,requests", "--model", smollm2)
+    assert names(found) == ["named", "cold", "requests"]
+    _, cold, requests = found["sections"]
     assert cold["rows"][0]["against"] == "engine alone"
-    assert {"direct", "relay"} <= gateway["extra"]["latency_us"].keys()
     assert any("through us" in row["what"] for row in requests["rows"])
+
+
+@pytest.mark.real
+def test_congestion_and_hang_ups_on_a_real_engine(short_tmp: Path, smollm2: str) -> None:
+    found = run(short_tmp, "--only", "congestion,hangup", "--model", smollm2)
+    congestion, hangup = found["sections"]
+    assert [grid["title"].partition(":")[0] for grid in congestion["grids"]] == ["scripted engine", "real engine"]
+    assert ["xllamacpp"] * 2 == [row["what"].partition(":")[0] for row in hangup["rows"]][:2]
 
 
 def test_an_unknown_section_is_named() -> None:
