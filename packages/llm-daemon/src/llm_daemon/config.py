@@ -30,6 +30,9 @@ class Settings:
     model in each lane.  `max_overtake`: how long newer requests may go before one that waits; 0 is strictly oldest first.
     `context`, `parallel`: what a model is loaded with when nobody says.  `history_limit`: requests that the
     history in the state folder keeps, 0 for no history; `history_prompts`: with their bodies, which hold what was asked.
+    `allow_origins`: web pages that may use the gateway.  `remote_media`: whether engines may fetch images that a request
+    names by URL.  `tls_host`: address where other machines may use it, at `tls_port`, which needs the files `tls_cert`, `tls_key`
+    (PEM) and `tls_token_file` (a key of your own).
     `catalog`: user entries and aliases.  `engines`: a table for each engine (`path`, `args`, `env`, `adapter`).
     """
 
@@ -48,6 +51,13 @@ class Settings:
     threads: int | None = None
     history_limit: int = 10_000
     history_prompts: bool = False
+    allow_origins: tuple[str, ...] = ()
+    remote_media: bool = False
+    tls_host: str | None = None
+    tls_port: int = 28443
+    tls_cert: str | None = None
+    tls_key: str | None = None
+    tls_token_file: str | None = None
     catalog: Mapping[str, Any] = field(default_factory=dict)
     engines: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     origins: Mapping[str, str] = field(default_factory=dict, compare=False)
@@ -136,12 +146,24 @@ def _text(value: Any) -> str:
     return value
 
 
+def _origins(value: Any) -> tuple[str, ...]:
+    given = [text.strip() for text in value.split(",")] if isinstance(value, str) else value
+    found = tuple(str(text).lower() for text in given if text)
+    if not all(re.fullmatch(r"[a-z][a-z0-9+.-]*://[^/\s*]+", text) for text in found):
+        raise ValueError
+    return found
+
+
+def _address(value: Any) -> str:
+    return str(ipaddress.ip_address(value))
+
+
 _CHECKS: dict[str, tuple[Callable[[Any], Any], str]] = {
     "ttl": (_seconds, "seconds, 0 or more"),
     "leased_ttl": (_seconds, "seconds, 0 or more"),
     "linger": (_seconds, "seconds, 0 or more"),
     "port": (_number(1, 65535), "a port from 1 to 65535"),
-    "host": (_host, "a loopback address (other addresses need TLS and a key, which this version does not offer)"),
+    "host": (_host, "a loopback address (for others there is tls_host, with TLS and a key of your own)"),
     "auth": (_auth, "'token' or 'none'"),
     "queue_limit": (_number(0, 1_000_000), "a whole number, 0 or more"),
     "max_overtake": (_seconds, "seconds, 0 or more"),
@@ -152,6 +174,13 @@ _CHECKS: dict[str, tuple[Callable[[Any], Any], str]] = {
     "threads": (_number(1, 4096), "a whole number, 1 or more"),
     "history_limit": (_number(0, 10_000_000), "a whole number, 0 or more"),
     "history_prompts": (_flag, "true or false"),
+    "allow_origins": (_origins, "origins like https://app.example, in a list or separated by commas"),
+    "remote_media": (_flag, "true or false"),
+    "tls_host": (_address, "an IP address"),
+    "tls_port": (_number(1, 65535), "a port from 1 to 65535"),
+    "tls_cert": (_text, "a file's path"),
+    "tls_key": (_text, "a file's path"),
+    "tls_token_file": (_text, "a file's path"),
 }
 _TABLES = ("catalog", "engines")
 _ENGINE_KEYS: dict[str, tuple[type, str]] = {

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from llm_daemon.daemon import guard
 from llm_daemon.core.routes import ANSWERED, RELAYED
+from llm_daemon.daemon import guard
 from llm_daemon.errors import EngineError
 
 from .fakes import BODY, CHAT, TOKEN, EngineCall

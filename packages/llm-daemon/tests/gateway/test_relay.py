@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-import os
 import hashlib
+import os
 import re
 import socket
 from pathlib import Path
@@ -13,7 +13,7 @@ from typing import Any
 import msgspec
 import pytest
 
-from llm_daemon.core.routes import find
+from llm_daemon.core.routes import RELAYED
 from llm_daemon.daemon.gateway import Ask, Route
 from llm_daemon.daemon.upstream import Pool
 from llm_daemon.errors import EngineError, Unavailable, UsageError
@@ -41,7 +41,7 @@ def test_relay(run: Any, world: Any, path: str, unix: bool) -> None:
             assert (answer.status, answer.body, answer.reason) == (200, b'{"ok":true}', "OK")
             ask = w.desk.log.all("open")[0]
             assert ask == Ask(
-                ask.ticket, path, "smollm2-135m", False, "unix" if unix else "tcp", find(path).lane, peer=os.getpid() * unix
+                ask.ticket, path, "smollm2-135m", False, "unix" if unix else "tcp", RELAYED[path].lane, peer=os.getpid() * unix
             )
             assert answer.headers["x-llm-ticket"] == ask.ticket
             assert answer.headers["x-llm-instance"] == "m#1"

@@ -9,6 +9,7 @@ from ..spec import Spec
 from .events import Wire
 from .lanes import Lanes, Stage
 from .pace import Pace
+from .routes import ASIDE
 
 BACKOFF_FIRST, BACKOFF_MOST = 1.0, 60.0  # seconds between starts of an engine that keeps failing
 ACCIDENTS = 2  # deaths in a row, with no request served between, that do not hold the next request off
@@ -78,8 +79,11 @@ class Instance:
 
     def wait(self, lane: str, now: float) -> float:
         """Seconds until a ticket that came now into `lane` would run: at least, by what is known; 0 if nothing is."""
+        if lane == ASIDE:
+            return self.load_left(now)
         taken = self.lanes.running.values() if self.state is State.READY else ()
-        running = [now - it.ran_at for it in taken if it.stage is Stage.RUNNING]  # aborting ones let go any moment
+        # Aborting ones let go any moment.
+        running = [now - it.ran_at for it in taken if it.stage is Stage.RUNNING and it.lane != ASIDE]
         return self.load_left(now) + self.pace.wait(self.lanes.ahead(lane, now), running)
 
     def closes_at(self, ttl: float, leased_ttl: float) -> float | None:

@@ -3,6 +3,8 @@
 Two lanes.  `interactive`: newest first, because an editor cares for its last keystroke.  `regular`: oldest first.  The
 interactive lane goes first, but whoever has waited `max_overtake` seconds is late, and nobody who came after a late
 ticket runs before it.  Every event costs the same, however many wait.
+
+Tickets of the lane `aside` (core/routes.py) take no slot: they wait for the model alone.
 """
 
 from __future__ import annotations
@@ -15,7 +17,7 @@ from itertools import chain
 
 import msgspec
 
-INTERACTIVE = "interactive"
+from .routes import ASIDE, INTERACTIVE
 
 
 class Stage(StrEnum):
@@ -29,7 +31,7 @@ class Stage(StrEnum):
 class Ticket(msgspec.Struct, eq=False):
     """One request from its arrival to its one end.  Times are monotonic seconds.
 
-    `lane`: `interactive`, or anything else for regular.  `unready`: the instance's `unready` seconds when it arrived.
+    `lane`: `interactive`, `aside`, or anything else for regular.  `unready`: the instance's `unready` seconds when it arrived.
     `key`: its supersede key.  `order`: it came as the how-many-th of its instance.
     """
 
@@ -81,6 +83,8 @@ class Lane(msgspec.Struct, eq=False):
 class Lanes:
     """Tickets of one instance.  A ticket is in one of the lanes or in `running` (aborting ones too), never in both.
 
+    Of those in `running`, `beside` take no slot.
+
     `bound`: tickets that may wait in each lane.  `max_overtake`: seconds newcomers may go before somebody who waits.
     `slots`: requests the engine serves at once (0 while there is none).
     """
@@ -90,13 +94,20 @@ class Lanes:
     slots: int = 0
     interactive: Lane = field(default_factory=Lane)
     regular: Lane = field(default_factory=Lane)
+    aside: Queue = field(default_factory=OrderedDict)
     running: dict[str, Ticket] = field(default_factory=dict)
+    beside: int = 0
     came: int = 0
 
     @property
     def waiting(self) -> int:
-        """How many wait, in both lanes."""
-        return len(self.interactive) + len(self.regular)
+        """How many wait, in all lanes."""
+        return len(self.interactive) + len(self.regular) + len(self.aside)
+
+    @property
+    def taken(self) -> int:
+        """Slots in use."""
+        return len(self.running) - self.beside
 
     @property
     def aborting(self) -> int:
@@ -107,17 +118,27 @@ class Lanes:
         """Queues the ticket, whatever the bound: `admit` and `shed` follow."""
         self.came += 1
         ticket.order = self.came
-        self._lane(ticket).fresh[ticket.id] = ticket
+        if ticket.lane == ASIDE:
+            self.aside[ticket.id] = ticket
+        else:
+            self._lane(ticket).fresh[ticket.id] = ticket
 
     def admit(self, now: float) -> list[Ticket]:
         """Moves tickets into free slots and returns them."""
         self._note_late(now)
         admitted = []
-        while len(self.running) < self.slots and (ticket := self._next()) is not None:
-            ticket.stage, ticket.ran_at = Stage.RUNNING, now
-            self.running[ticket.id] = ticket
+        while self.aside and self.slots:
+            admitted.append(self.aside.popitem(last=False)[1])
+            self.beside += 1
+            self._run(admitted[-1], now)
+        while self.taken < self.slots and (ticket := self._next()) is not None:
             admitted.append(ticket)
+            self._run(ticket, now)
         return admitted
+
+    def _run(self, ticket: Ticket, now: float) -> None:
+        ticket.stage, ticket.ran_at = Stage.RUNNING, now
+        self.running[ticket.id] = ticket
 
     def shed(self) -> list[Ticket]:
         """Turns away those beyond the bound.
@@ -126,23 +147,30 @@ class Lanes:
         others have waited longer.
         """
         gone = [self.interactive.oldest() for _ in range(len(self.interactive) - self.bound)]
+        gone += [self.aside.popitem()[1] for _ in range(len(self.aside) - self.bound)]
         return gone + [self.regular.newest() for _ in range(len(self.regular) - self.bound)]
 
     def discard(self, ticket: Ticket) -> None:
         """The ticket ended, wherever it was."""
-        self.running.pop(ticket.id, None)
-        self._lane(ticket).discard(ticket.id)
+        ran = self.running.pop(ticket.id, None)
+        if ticket.lane == ASIDE:
+            self.beside -= ran is not None
+            self.aside.pop(ticket.id, None)
+        else:
+            self._lane(ticket).discard(ticket.id)
 
     def clear_waiting(self) -> list[Ticket]:
         """Turns everybody away who waits, oldest first."""
         gone = sorted(self._everybody(), key=lambda it: it.order)
-        self.interactive, self.regular = Lane(), Lane()
+        self.interactive, self.regular, self.aside = Lane(), Lane(), OrderedDict()
         return gone
 
     def ahead(self, lane: str, now: float) -> int:
         """How many of those who wait would run before one that came now into `lane`, if nobody came after it."""
         self._note_late(now)
-        return len(self.interactive.late) + len(self.regular.late) if lane == INTERACTIVE else self.waiting
+        if lane == ASIDE:
+            return 0
+        return len(self.interactive.late) + len(self.regular.late) if lane == INTERACTIVE else self.waiting - len(self.aside)
 
     def line(self, now: float) -> list[str]:
         """Who waits, in the order in which they would run if slots became free now.
@@ -151,8 +179,8 @@ class Lanes:
         """
 
         def turn(it: Ticket) -> tuple[int, int]:
-            if now - it.arrived >= self.max_overtake:
-                return 0, it.order
+            if it.lane == ASIDE or now - it.arrived >= self.max_overtake:
+                return (-1 if it.lane == ASIDE else 0), it.order
             return (1, -it.order) if it.lane == INTERACTIVE else (2, it.order)
 
         return [it.id for it in sorted(self._everybody(), key=turn)]
@@ -162,7 +190,8 @@ class Lanes:
 
     def _everybody(self) -> chain[Ticket]:
         lanes = self.interactive, self.regular
-        return chain.from_iterable(queue.values() for lane in lanes for queue in (lane.late, lane.fresh))
+        queues = (self.aside, *(queue for lane in lanes for queue in (lane.late, lane.fresh)))
+        return chain.from_iterable(queue.values() for queue in queues)
 
     def _note_late(self, now: float) -> None:
         self.interactive.note_late(self.max_overtake, now)

@@ -16,6 +16,7 @@ from .instance import ABANDON_AFTER, ACCIDENTS, Instance, State
 from .lanes import Deadlines, Lanes, Stage, Ticket
 from .leases import VETO_PAUSE, Leases
 from .pace import Pace
+from .routes import ASIDE
 
 FAILED_SHOWN = 600.0  # seconds a failed instance stays in view after it may be tried again
 PACES = 64  # specs whose pace is remembered when nobody uses them
@@ -212,7 +213,8 @@ class Machine:
         it.last_use = now
         if served:
             it.failures = 0  # not when it came up: one that falls with each first request has a backoff too
-            it.pace.note_service(now - ticket.ran_at)
+            if ticket.lane != ASIDE:
+                it.pace.note_service(now - ticket.ran_at)
         if it.state is State.READY:
             self._admit(it, now, out)
         elif it.state is State.DRAINING and not it.lanes.running:

@@ -25,11 +25,12 @@ from ..core.leases import Leases
 from ..core.machine import Machine
 from ..faults import fp
 from ..models.fetch import fetch
-from ..spec import Spec, Wish
+from ..spec import Wish
 from . import identity
 from .admin import Admin
 from .boot import Born
 from .control_server import ControlServer, Say
+from .desk import DaemonDesk, known
 from .facts import TOLD, DaemonFacts
 from .loan import Lender
 from .logs import RotatingLog
@@ -39,7 +40,7 @@ from .supervisor import Supervisor
 from .sweep import sweep
 
 if TYPE_CHECKING:
-    from .gateway import Ask, Exchange, Gateway, Turn
+    from .gateway import Gateway
 
 log = logging.getLogger("llm_daemon")
 BEAT = 10.0  # seconds between two looks at ourselves: rare, because an idle daemon should sleep
@@ -47,7 +48,6 @@ LOOK_OUT = 1.0  # seconds between two looks at the runtime folder while an engin
 WEDGED = 6  # beats of the watchdog without one of the loop
 ENGINE_FIRST = 0.15  # seconds the gateway waits for the first engine to be on its way
 UNSENT_WAIT = 2.0  # seconds that a client which does not read may delay our end
-DEATH_NOTICE = 1.0  # seconds an engine that broke off is given to turn out dead
 TOUCH_EVERY = 360  # beats between touches of our files, so that no cleaner of old files takes them
 
 
@@ -73,8 +73,7 @@ class Daemon:
         self.control = ControlServer(self)
         self.supervisor = Supervisor(self.settings, born.catalog, born.registry, born.generation, born.log_dir, self.post)
         self.gateway: Gateway | None = None
-        self.turns: dict[str, Turn] = {}
-        self.asking: dict[str, asyncio.Task[None]] = {}  # tickets and questions whose model is being looked up
+        self.desk = DaemonDesk(self)
         self.beats = 0
         self.is_ghost = False
         self.is_looking_out = False
@@ -119,9 +118,17 @@ class Daemon:
                 await self.supervisor.spawned.wait()
         from .gateway import Gateway
 
-        self.gateway = Gateway(self, token=self.token)
+        settings = self.settings
+        self.gateway = Gateway(
+            self.desk, token=self.token, origins=frozenset(settings.allow_origins), remote_media=settings.remote_media
+        )
         lent = self.lender is not None and self.lender.is_lent
         await self.gateway.serve(None if lent else self.born.tcp.dup(), self.born.http)
+        if self.born.tls is not None:
+            from . import remote
+
+            await self.gateway.serve_remote(self.born.tls, remote.context(settings), remote.key(settings))
+            log.info("serving other machines at https://%s", ":".join(map(str, self.born.tls.getsockname()[:2])))
         gc.enable()
         gc.collect()
         gc.freeze()  # what is loaded now stays: later collections need not look at it
@@ -143,26 +150,12 @@ class Daemon:
                 if self.gateway and (live := self.supervisor.live.get(instance)) and live.process:
                     self.gateway.cut(live.process.socket)  # llama-server waits half a minute for open streams after SIGTERM
                 self.supervisor.halt(instance, force)
-            case ev.Run(ticket, instance):
-                from .gateway import Route
-
-                process = self.supervisor.live[instance].process
-                if process is None:  # died in this very moment; its Down is on the way
-                    self.turns.pop(ticket).refuse(errors.EngineError("the engine died", code="engine_died"))
-                    self.post(ev.Ended(ticket))
-                else:
-                    plan = process.plan
-                    route = Route(instance, process.socket, assembled=plan.assembled, confirms=plan.confirms_hangup)
-                    self.turns[ticket].run(route)
-                    assert self.gateway is not None  # whose turn it is
-                    self.supervisor.watch(instance, self.gateway.pool)
+            case ev.Run(ticket, instance, loaded_for):
+                self.desk.run(ticket, instance, loaded_for)
             case ev.Refuse(ticket, error):
-                self.turns.pop(ticket).refuse(errors.from_wire(dict(error)))
+                self.desk.refuse(ticket, errors.from_wire(dict(error)))
             case ev.Abort(ticket, error):
-                if task := self.asking.pop(ticket, None):
-                    task.cancel()  # it would be put to the next engine
-                self.turns.pop(ticket).refuse(errors.from_wire(dict(error)))
-                self.post(ev.Ended(ticket))
+                self.desk.abort(ticket, errors.from_wire(dict(error)))
             case ev.TellReady(lease, request, instance):
                 self._tell_ready(lease, request, instance)
             case ev.TellError(lease, request, error):
@@ -270,20 +263,7 @@ class Daemon:
                 if lease in self.control.connections:
                     self.post(ev.Want(lease, request, spec, keep_alive))
 
-        self._when_ready(f"{lease}/{request}", want)
-
-    def _when_ready(self, name: str, act: Any) -> None:
-        """Calls `act` now, or as soon as the engines are located (the first tenth of a second of our life)."""
-        if self.supervisor.is_ready:
-            act()
-            return
-
-        async def later() -> None:
-            await self.supervisor.ready()
-            if self.asking.pop(name, None):
-                act()
-
-        self.asking[name] = asyncio.create_task(later())
+        self.desk.when_ready(f"{lease}/{request}", want)
 
     async def call(self, method: str, params: Mapping[str, Any], say: Say) -> dict[str, object]:
         """Answers a CALL of the control socket."""
@@ -343,86 +323,6 @@ class Daemon:
             if connection.holds:
                 connection.transport.abort()
 
-    # What the gateway asks ------------------------------------------------------------------------------------
-    def open(self, ask: Ask, turn: Turn) -> None:
-        def arrive() -> None:
-            try:
-                spec = self._meant(ask.model)
-            except Exception as e:
-                turn.refuse(known(e))
-                return
-            self.turns[ask.ticket] = turn
-            self.post(ev.Arrived(ask.ticket, spec))
-
-        self._when_ready(ask.ticket, arrive)
-
-    def _meant(self, model: str | None) -> Spec:
-        """The spec of a request's `model` field: none named means the only loaded one, else the default."""
-        if not model:
-            loaded = [it for it in self.machine.instances.values() if it.has_process]
-            if len(loaded) == 1:
-                return loaded[0].spec
-            model = self.settings.default_model
-        return self.supervisor.resolve(model)
-
-    def aborting(self, ticket: str) -> None:
-        pass
-
-    def over(self, exchange: Exchange) -> None:
-        pass
-
-    async def admin(self) -> str:
-        raise errors.UsageError("no admin pages yet", status=404)
-
-    def cancel(self, ticket: str) -> None:
-        if task := self.asking.pop(ticket, None):
-            task.cancel()
-        if self.turns.pop(ticket, None) is not None:
-            self.post(ev.Ended(ticket))
-
-    def lost(self, ask: Ask, turn: Turn, error: errors.LlmDaemonError) -> bool:
-        """The engine went before its first byte: if it is dead, the request is put to the next one, once."""
-        place = self.machine.tickets.get(ask.ticket)
-        instance = self.machine.instances.get(place.instance) if place else None
-        if instance is None or instance.state is State.STOPPING:  # stopped by hand: that is an end, not an accident
-            return False
-        live = self.supervisor.live.get(instance.id)
-        process = live.process if live else None
-
-        async def later() -> None:
-            dead = True
-            if live is not None and process is not None:  # its end is noticed a moment after its sockets close
-                with suppress(TimeoutError):
-                    async with asyncio.timeout(None if live.hung else DEATH_NOTICE):  # being killed: that is bounded itself
-                        await process.wait()
-                dead = process.exit is not None
-            if self.asking.pop(ask.ticket, None) is None:
-                return
-            self.ended(ask.ticket)
-            if dead:
-                self.open(ask, turn)
-            else:
-                turn.refuse(error)
-
-        self.asking[ask.ticket] = asyncio.create_task(later())
-        return True
-
-    def ended(self, ticket: str, served: bool = False) -> None:
-        if self.turns.pop(ticket, None) is not None:
-            self.post(ev.Ended(ticket, served))
-
-    def models(self) -> list[dict[str, object]]:
-        """GET /v1/models: everything loaded, then everything in the catalog."""
-        loaded = {it.spec.model: it.state.value for it in self.machine.instances.values() if it.has_process}
-        names = [*loaded, *(e.name for e in self.supervisor.catalog.entries() if e.name not in loaded)]
-        return [
-            {"id": name, "object": "model", "created": 0, "owned_by": "llm-daemon", "state": loaded.get(name, "absent")}
-            for name in dict.fromkeys(names)
-        ]
-
-    def health(self) -> dict[str, object]:
-        return {"status": "ok", "version": version(), "pid": os.getpid()}
-
     # Watching ourselves ---------------------------------------------------------------------------------------
     def _beat(self) -> None:
         self.beats += 1
@@ -469,14 +369,6 @@ def wished(wire: object) -> Wish:
     if not isinstance(wire, dict) or not isinstance(wire.get("model"), str):
         raise errors.UsageError("a wish needs a model", code="bad_spec", hint="e.g. smollm2-135m")
     return Wish.of(wire["model"], **{str(k): v for k, v in wire.items() if k != "model"})
-
-
-def known(e: Exception) -> errors.LlmDaemonError:
-    """The error for the wire: our own as it is, anything else as a bug, which goes into the log too."""
-    if isinstance(e, errors.LlmDaemonError):
-        return e
-    log.exception("a request failed inside the daemon", exc_info=e)
-    return errors.Bug(f"the daemon failed: {e!r}", hint="please report this")
 
 
 def version() -> str:

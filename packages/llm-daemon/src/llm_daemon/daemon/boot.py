@@ -49,6 +49,7 @@ class Born:
     token: str | None
     tcp: socket.socket
     http: socket.socket
+    tls: socket.socket | None = None  # for other machines, see remote.py
     sock_inode: int  # of the published socket's file
 
     def __init__(self, runtime_dir: str, life_fd: int, generation: str, gen_fd: int, listener: socket.socket) -> None:
@@ -275,6 +276,13 @@ def prepare(born: Born) -> None:
         raise Refused(e.to_wire()) from None
     open_log(born)
     bind_tcp(born)
+    if born.settings.tls_host:
+        from llm_daemon.daemon import remote
+
+        try:
+            born.tls = remote.bind(born.settings)
+        except errors.LlmDaemonError as e:
+            raise Refused(e.to_wire()) from None
     from llm_daemon.daemon.settings import catalog_and_engines
 
     try:

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from .gateway import Gateway
 
 # What of a request's head an engine gets to see; what only its own web page needs is for the passed routes.
-_FORWARDED = (b"content-type", b"accept", b"user-agent")
+_FORWARDED: tuple[bytes, ...] = (b"content-type", b"accept", b"user-agent")
 _PASSED = (
     *_FORWARDED, b"accept-language", b"cache-control", b"range", b"if-range", b"if-none-match", b"if-modified-since",
     b"last-event-id",
@@ -101,9 +101,18 @@ class Exchange:
         self._tail = b""  # last piece of an event stream
         self.opened = self.ran = self.loaded_for = 0.0
         self.headed = self.first = 0.0  # perf_counter at the engine's head, and at its first piece of body
-        self.sent = self.pieces = self.status = 0
+        self.received, self.sent, self.pieces, self.status = len(request.body), 0, 0, 0
         self.code = ""
         self._told = False
+
+    @property
+    def instance(self) -> str:
+        """Who served it, empty if nobody has."""
+        return self._route.instance if self._route else ""
+
+    @property
+    def replayed(self) -> bool:
+        return self._replayed
 
     def open(self) -> None:
         self._state, self.opened = "waiting", perf_counter()
@@ -300,7 +309,7 @@ class Exchange:
         self._connection.write(data)
 
     def _swallow(self, head: Head | None, body: list[bytes], last: bool) -> bool:
-        """Takes a piece of the stream that an answer is made of; False if the engine's answer is no stream: then it is passed on."""
+        """Takes a piece of the stream that an answer is made of; False if the engine sent no stream: that is passed on."""
         assert self._assembler is not None
         if head is not None:
             self.headed = perf_counter()
@@ -419,7 +428,5 @@ class Visit(Exchange):
 def report(error: Exception) -> Bug:
     """Tells the loop's handler about a failure of our own, which must not cost the client its answer."""
     with suppress(RuntimeError):
-        asyncio.get_running_loop().call_exception_handler(
-            {"message": "a request failed inside the daemon", "exception": error}
-        )
+        asyncio.get_running_loop().call_exception_handler({"message": "a request failed inside the daemon", "exception": error})
     return Bug(f"the daemon could not take the request: {error!r}")

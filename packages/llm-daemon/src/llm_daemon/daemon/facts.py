@@ -61,7 +61,7 @@ class DaemonFacts:
                 "ticket": name, "state": ticket.stage.value, "model": model, "instance": ticket.instance, "lane": ticket.lane,
                 "position": places.get(name), "total_s": now - ticket.arrived,
             }  # fmt: skip
-            ask = getattr(self._daemon.turns.get(name), "ask", None)  # the gateway knows more of it
+            ask = getattr(self._daemon.desk.turns.get(name), "ask", None)  # the gateway knows more of it
             one |= {key: value for key in ("path", "stream", "via") if (value := getattr(ask, key, None)) is not None}
             found.append(one)
         return found

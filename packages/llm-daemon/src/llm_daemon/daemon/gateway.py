@@ -85,9 +85,9 @@ class Desk(Protocol):
 class Gateway:
     """Serves HTTP for a desk.
 
-    `token` None asks for no token; `hosts` allows host names besides loopback's own, `origins` web pages besides our
-    own (see guard.py).  A body may have `body_limit` bytes, all that are held at one time `held_limit`; `pipeline`
-    requests of one connection may wait behind its current one.  A client may take `patience` seconds to send a request, or to take some
+    `token` None asks for no token; `hosts` allows host names besides loopback's own, `origins` web pages besides our own
+    (see guard.py).  A body may have `body_limit` bytes, all that are held at one time `held_limit`; `pipeline` requests of
+    one connection may wait behind its current one.  A client may take `patience` seconds to send a request, or to take some
     of an answer.  `remote_media`: see core/firewall.py.
     """
 
@@ -134,7 +134,9 @@ class Gateway:
             self._servers["tcp"] = await loop.create_server(lambda: Connection(self, "tcp", port), sock=tcp, backlog=_BACKLOG)
         if unix is not None:
             unix.setblocking(False)
-            self._servers["unix"] = await loop.create_unix_server(lambda: Connection(self, "unix", 0), sock=unix, backlog=_BACKLOG)
+            self._servers["unix"] = await loop.create_unix_server(
+                lambda: Connection(self, "unix", 0), sock=unix, backlog=_BACKLOG
+            )
 
     async def serve_remote(self, tls: socket.socket, context: ssl.SSLContext, key: str) -> None:
         """Listens for other machines too: only over TLS, and with a key of the user's own."""

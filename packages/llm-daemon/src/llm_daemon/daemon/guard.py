@@ -57,7 +57,11 @@ class Guard:
         if origin is not None and (b"origin" in repeated or not self._good_origin(origin, host, port)):
             return UsageError(f"web pages of {_show(origin)} may not use this endpoint", code="bad_origin", status=403)
         # A page's images, scripts and links carry no Origin, but browsers tell where they come from (Fetch metadata).
-        if origin is None and headers.get(b"sec-fetch-site") in (b"cross-site", b"same-site") and not request.path.startswith("/ui"):
+        if (
+            origin is None
+            and headers.get(b"sec-fetch-site") in (b"cross-site", b"same-site")
+            and not request.path.startswith("/ui")
+        ):
             return UsageError("other web pages may not use this endpoint", code="bad_origin", status=403)
         if open_to_all or self._token is None or hmac.compare_digest(headers.get(b"authorization", b""), self._usual):
             return None

@@ -62,7 +62,7 @@ def _instance(daemon: Daemon, it: Instance, now: float) -> dict[str, Any]:
         "keeper_pid": process.keeper_pid if process else None,
         "memory_bytes": identity.memory_bytes(process.pid) if process else None,
         "leases": sorted(it.leases),
-        "running": len(it.lanes.running),
+        "running": it.lanes.taken,
         "aborting": it.lanes.aborting,
         "waiting": it.lanes.waiting,
         "waiting_interactive": len(it.lanes.interactive),

@@ -1,0 +1,189 @@
+"""The gateway's way to the core: a request becomes a ticket, the core's word on it becomes the request's turn."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from time import monotonic, perf_counter
+from typing import TYPE_CHECKING
+
+from .. import errors
+from ..core import events as ev
+from ..core.instance import State
+from ..core.lanes import Stage
+from ..spec import Spec
+from .journal import End, TicketRecord
+
+if TYPE_CHECKING:
+    from .app import Daemon
+    from .exchange import Ask, Exchange, Turn
+
+log = logging.getLogger("llm_daemon")
+DEATH_NOTICE = 1.0  # seconds an engine that broke off is given to turn out dead
+ENDS: dict[str, End] = {
+    "queue_full": "shed", "superseded": "superseded", "expired": "expired", "cancelled": "cancelled", "hung_up": "cancelled",
+    "draining": "cancelled",
+}  # fmt: skip
+
+
+class DaemonDesk:
+    """`gateway.Desk` of a daemon.  Everything on the loop's thread."""
+
+    def __init__(self, daemon: Daemon) -> None:
+        self._daemon = daemon
+        self.turns: dict[str, Turn] = {}
+        self._asking: dict[str, asyncio.Task[None]] = {}  # tickets whose model is being looked up, or whose engine is gone
+
+    # Commands of the core -------------------------------------------------------------------------------------
+    def run(self, ticket: str, instance: str, loaded_for: float) -> None:
+        from .exchange import Route
+
+        daemon = self._daemon
+        process = daemon.supervisor.live[instance].process
+        if process is None:  # died in this very moment; its Down is on the way
+            self.turns.pop(ticket).refuse(errors.EngineError("the engine died", code="engine_died"))
+            daemon.post(ev.Ended(ticket))
+            return
+        plan = process.plan
+        route = Route(instance, process.socket, assembled=plan.assembled, confirms=plan.confirms_hangup)
+        self.turns[ticket].run(route, loaded_for)
+        assert daemon.gateway is not None  # whose turn it is
+        daemon.supervisor.watch(instance, daemon.gateway.pool)
+
+    def refuse(self, ticket: str, error: errors.LlmDaemonError) -> None:
+        self.turns.pop(ticket).refuse(error)
+
+    def abort(self, ticket: str, error: errors.LlmDaemonError) -> None:
+        if (task := self._asking.pop(ticket, None)) is None:
+            self.turns[ticket].abort(error)
+            return
+        task.cancel()  # it was being taken back from an engine that is gone: nobody has to let go of it
+        self.turns.pop(ticket).refuse(error)
+        self._daemon.post(ev.Ended(ticket))
+
+    # What the gateway asks ------------------------------------------------------------------------------------
+    def open(self, ask: Ask, turn: Turn) -> None:
+        arrived = monotonic()
+
+        def arrive() -> None:
+            try:
+                spec = self._meant(ask.model)
+            except Exception as e:
+                turn.refuse(known(e))
+                return
+            self.turns[ask.ticket] = turn
+            deadline = None if ask.deadline is None else arrived + ask.deadline
+            self._daemon.post(ev.Arrived(ask.ticket, spec, ask.lane, ask.supersede, deadline, ask.keep_alive))
+
+        self.when_ready(ask.ticket, arrive)
+
+    def when_ready(self, name: str, act: Callable[[], None]) -> None:
+        """Calls `act` now, or as soon as the engines are located (the first tenth of a second of our life)."""
+        supervisor = self._daemon.supervisor
+        if supervisor.is_ready:
+            act()
+            return
+
+        async def later() -> None:
+            await supervisor.ready()
+            if self._asking.pop(name, None):
+                act()
+
+        self._asking[name] = asyncio.create_task(later())
+
+    def _meant(self, model: str | None) -> Spec:
+        """The spec of a request's `model` field: none named means the only loaded one, else the default."""
+        daemon = self._daemon
+        if not model:
+            loaded = [it for it in daemon.machine.instances.values() if it.has_process]
+            if len(loaded) == 1:
+                return loaded[0].spec
+            model = daemon.settings.default_model
+        return daemon.supervisor.resolve(model)
+
+    def cancel(self, ticket: str) -> None:
+        if task := self._asking.pop(ticket, None):
+            task.cancel()
+        self.ended(ticket)
+
+    def aborting(self, ticket: str) -> None:
+        self._daemon.post(ev.Aborting(ticket))
+
+    def ended(self, ticket: str, served: bool = False) -> None:
+        if self.turns.pop(ticket, None) is not None:
+            self._daemon.post(ev.Ended(ticket, served))
+
+    def lost(self, ask: Ask, turn: Turn, error: errors.LlmDaemonError) -> bool:
+        """The engine went before its first byte: if it is dead, the request is put to the next one, once."""
+        machine, supervisor = self._daemon.machine, self._daemon.supervisor
+        place = machine.tickets.get(ask.ticket)
+        instance = machine.instances.get(place.instance) if place else None
+        if place is None or place.stage is Stage.ABORTING:
+            return False
+        if instance is None or instance.state is State.STOPPING:  # stopped by hand: that is an end, not an accident
+            return False
+        live = supervisor.live.get(instance.id)
+        process = live.process if live else None
+
+        async def later() -> None:
+            dead = True
+            if live is not None and process is not None:  # its end is noticed a moment after its sockets close
+                with suppress(TimeoutError):
+                    async with asyncio.timeout(None if live.hung else DEATH_NOTICE):  # being killed: that is bounded itself
+                        await process.wait()
+                dead = process.exit is not None
+            if self._asking.pop(ask.ticket, None) is None:
+                return
+            self.ended(ask.ticket)
+            if dead:
+                self.open(ask, turn)
+            else:
+                turn.refuse(error)
+
+        self._asking[ask.ticket] = asyncio.create_task(later())
+        return True
+
+    def over(self, exchange: Exchange) -> None:
+        ask, now, e = exchange.ask, perf_counter(), exchange
+        began, total = e.ran or now, now - e.opened
+        instance = e.instance
+        live = self._daemon.supervisor.live.get(instance)
+        end = ENDS.get(e.code) or ("refused" if e.code and not e.ran else "failed" if e.code else "served")
+        record = TicketRecord(
+            ticket=ask.ticket, time=time.time() - total, path=ask.path, model=live.spec.model if live else ask.model or "",
+            end=end, total_s=total, instance=instance, engine=live.engine if live else "", lane=ask.lane, stream=ask.stream,
+            via=ask.via, pid=ask.peer or None, status=e.status, code="" if end == "served" else e.code,
+            queue_s=max(0.0, began - e.opened - e.loaded_for), load_s=e.loaded_for,
+            engine_s=(e.headed or now) - began if e.ran else 0.0, first_token_s=e.first - e.opened if e.first else None,
+            bytes_in=e.received, bytes_out=e.sent, chunks=e.pieces, replayed=e.replayed,
+        )  # fmt: skip
+        journal = self._daemon.journal
+        journal.ticket(record, body=e.request.body if journal.keeps_bodies else b"")
+
+    async def admin(self) -> str:
+        return await self._daemon.admin.socket()
+
+    def models(self) -> list[dict[str, object]]:
+        """GET /v1/models: everything loaded, then everything in the catalog."""
+        daemon = self._daemon
+        loaded = {it.spec.model: it.state.value for it in daemon.machine.instances.values() if it.has_process}
+        names = [*loaded, *(e.name for e in daemon.supervisor.catalog.entries() if e.name not in loaded)]
+        return [
+            {"id": name, "object": "model", "created": 0, "owned_by": "llm-daemon", "state": loaded.get(name, "absent")}
+            for name in dict.fromkeys(names)
+        ]
+
+    def health(self) -> dict[str, object]:
+        return {"status": "ok", "version": self._daemon.welcome()["version"], "pid": os.getpid()}
+
+
+def known(e: Exception) -> errors.LlmDaemonError:
+    """The error for the wire: our own as it is, anything else as a bug, which goes into the log too."""
+    if isinstance(e, errors.LlmDaemonError):
+        return e
+    log.exception("a request failed inside the daemon", exc_info=e)
+    return errors.Bug(f"the daemon failed: {e!r}", hint="please report this")
