@@ -38,6 +38,7 @@ class Core:
         self.machine = Machine(Leases.born(10.0, 0.0), 120.0, 1800.0, 10, 10.0)
         self.control = ControlServer(cast(Any, self))
         self.supervisor = self
+        self.desk = self
         self.turns: dict[str, Turn] = {}
         self.ended: list[ev.Refuse | ev.Abort] = []
         self.calls: list[tuple[str, Mapping[str, Any]]] = []
