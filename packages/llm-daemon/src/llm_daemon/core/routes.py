@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from enum import StrEnum
 from typing import NamedTuple
-from urllib.parse import unquote
 
 INTERACTIVE, REGULAR = "interactive", "regular"
 ASIDE = "aside"  # needs the engine, but none of its slots: queued for nobody, run as soon as the model is there
@@ -22,7 +21,7 @@ class Kind(StrEnum):
 
 
 class Route(NamedTuple):
-    """Where a request goes.  `path` is what the engine is asked, without the query; `model` is set if the path names one."""
+    """Where a request goes.  `path` is what the engine is asked, without the query; `model`, as sent, if the path names one."""
 
     kind: Kind
     path: str
@@ -53,7 +52,7 @@ def find(path: str) -> Route | None:
     >>> find("/v1/completions").lane, find("/v1/chat/completions").lane, find("/v2/nothing")
     ('interactive', 'regular', None)
     >>> find("/upstream/hf%3Aorg%2Frepo/props")
-    Route(kind=<Kind.PASSED: 'passed'>, path='/props', lane='regular', model='hf:org/repo', multipart=False)
+    Route(kind=<Kind.PASSED: 'passed'>, path='/props', lane='regular', model='hf%3Aorg%2Frepo', multipart=False)
     >>> find("/upstream/m/v1/chat/completions").kind  # what is known is relayed as ever
     <Kind.RELAYED: 'relayed'>
     """
@@ -64,7 +63,7 @@ def find(path: str) -> Route | None:
         if not (model and slash):
             return None
         known = RELAYED.get("/" + rest) or Route(Kind.PASSED, "/" + rest)
-        return known._replace(model=unquote(model))
+        return known._replace(model=model)
     if path.startswith("/v1/models/"):
         return Route(Kind.ANSWERED, path)
     if path.startswith(("/api/", "/ui/")):

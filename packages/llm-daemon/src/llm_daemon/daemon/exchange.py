@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Protocol
 
 import msgspec
 
-from ..core.assemble import Assembler, ask_to_stream
+from ..core.assemble import NOT_IN_STREAM, Assembler, ask_to_stream
 from ..core.openai import error_body
 from ..core.routes import Kind, Route as Way
 from ..errors import Bug, EngineError, LlmDaemonError, RemoteProtocolError
@@ -130,12 +130,14 @@ class Exchange:
         if self._state != "waiting":
             return
         self._state, self._route, self.ran, self.loaded_for = "running", route, perf_counter(), loaded_for
-        request, path = self.request, self._way.path
-        body = request.body
+        path, body = self._way.path, self.request.body
         if not self.ask.stream and path in route.assembled and (asked := ask_to_stream(path, body)) is not None:
             body, self._assembler = asked
+        self._start(route, body)
+
+    def _start(self, route: Route, body: bytes) -> None:
         self._call = self._gateway.pool.call(
-            route.socket, self._message(route, body), self, confirms=route.confirms, may_switch=request.tunnel
+            route.socket, self._message(route, body), self, confirms=route.confirms, may_switch=self.request.tunnel
         )
 
     def refuse(self, error: LlmDaemonError) -> None:
@@ -325,7 +327,11 @@ class Exchange:
             call, self._call = self._call, None
             if call is not None and not last:
                 call.abort()
-            self.lost(e.message)
+            if e.code == NOT_IN_STREAM and self._route is not None:  # rare, and known only now: asked once more, plainly
+                self._assembler = None
+                self._start(self._route, self.request.body)
+            else:
+                self.lost(e.message)
             return True
         if last:
             self.status = status

@@ -263,7 +263,7 @@ class Gateway:
 
     def _ask(self, request: Request, way: Way, connection: Connection) -> Ask:
         """What a request wants.  Raises UsageError for a body or header that cannot be meant."""
-        model, stream, lane = way.model, True, way.lane
+        model, stream, lane = unquote(way.model) if way.model else None, True, way.lane
         if way.kind is Kind.RELAYED or (way.kind is Kind.PASSED and request.body):
             kind = request.headers.get(b"content-type", b"")
             if kind.lower().startswith(b"multipart/"):
