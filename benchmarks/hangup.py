@@ -33,6 +33,7 @@ from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import psutil
 from benchmarks import real
 from benchmarks.flood import is_complete
 from benchmarks.lab import Effort, engine_socket, gateway_address, request, world
@@ -257,6 +258,11 @@ def router(program: str, model: str) -> Iterator[Target]:
             first.hang_up()
             yield target
         finally:
+            # Its servers first, so that it buries them: who dies with them leaves zombies where nobody else does.
+            servers = psutil.Process(server.pid).children()
+            for process in servers:
+                process.kill()
+            psutil.wait_procs(servers, 5)
             real.end_group(server)
 
 
