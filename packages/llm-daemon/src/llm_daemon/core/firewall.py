@@ -6,6 +6,7 @@ before any engine sees it; everything else is the engine's business and passes u
 
 from __future__ import annotations
 
+import operator
 import re
 from typing import Any
 
@@ -41,11 +42,27 @@ class Suspects(msgspec.Struct, frozen=True, gc=False):
     tools: msgspec.Raw | None = None
 
 
+_fields = operator.attrgetter(*Suspects.__struct_fields__)
+_NONE = (None,) * len(Suspects.__struct_fields__)
+
+
 def check(found: Suspects, body: bytes, remote_media: bool = False) -> None:
     """Raises UsageError (`refused_parameter`) that names the field and its bound.
 
     `remote_media`: whether engines may fetch what a request names by URL (server-side request forgery, CVE-2026-33626).
     """
+    if _fields(found) != _NONE:  # most requests have none of them
+        _check_fields(found)
+    # A key may be spelt with escapes; then, and only then, the whole body has to be read.
+    if not remote_media and (
+        b"image" in body or b"audio" in body or b"video" in body or b"media" in body or b"file" in body or b"\\u" in body
+    ):
+        whole = msgspec.json.decode(body)
+        if isinstance(whole, dict):
+            _no_fetching({key: value for key, value in whole.items() if key not in _DESCRIBING})
+
+
+def _check_fields(found: Suspects) -> None:
     if found.n_discard is not None:  # negative ones corrupt memory (CVE-2026-21869), and context shift is not ours to steer
         _whole("n_discard", found.n_discard, 0, 2**31 - 1)
     if found.id_slot is not None:
@@ -58,11 +75,6 @@ def check(found: Suspects, body: bytes, remote_media: bool = False) -> None:
     for name in ("json_schema", "response_format", "tools"):
         if (value := getattr(found, name)) is not None:
             _bounded(name, bytes(value), SCHEMA_BYTES)
-    # A key may be spelt with escapes; then, and only then, the whole body has to be read.
-    if not remote_media and (any(word in body for word in _MEDIA) or b"\\u" in body):
-        whole = msgspec.json.decode(body)
-        if isinstance(whole, dict):
-            _no_fetching({key: value for key, value in whole.items() if key not in _DESCRIBING})
 
 
 def _refused(name: str, why: str, hint: str = "") -> UsageError:

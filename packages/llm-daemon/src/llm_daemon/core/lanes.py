@@ -74,9 +74,8 @@ class Lane(msgspec.Struct, eq=False):
     def newest(self) -> Ticket:
         return (self.fresh or self.late).popitem()[1]
 
-    def discard(self, ticket: str) -> None:
-        self.late.pop(ticket, None)
-        self.fresh.pop(ticket, None)
+    def discard(self, ticket: str) -> bool:
+        return self.late.pop(ticket, None) is not None or self.fresh.pop(ticket, None) is not None
 
 
 @dataclass(slots=True)
@@ -96,13 +95,9 @@ class Lanes:
     regular: Lane = field(default_factory=Lane)
     aside: Queue = field(default_factory=OrderedDict)
     running: dict[str, Ticket] = field(default_factory=dict)
+    waiting: int = 0  # in all lanes
     beside: int = 0
     came: int = 0
-
-    @property
-    def waiting(self) -> int:
-        """How many wait, in all lanes."""
-        return len(self.interactive) + len(self.regular) + len(self.aside)
 
     @property
     def taken(self) -> int:
@@ -117,6 +112,7 @@ class Lanes:
     def submit(self, ticket: Ticket) -> None:
         """Queues the ticket, whatever the bound: `admit` and `shed` follow."""
         self.came += 1
+        self.waiting += 1
         ticket.order = self.came
         if ticket.lane == ASIDE:
             self.aside[ticket.id] = ticket
@@ -125,18 +121,20 @@ class Lanes:
 
     def admit(self, now: float) -> list[Ticket]:
         """Moves tickets into free slots and returns them."""
-        self._note_late(now)
+        if self.waiting > 1:  # whoever waits alone is passed by nobody
+            self._note_late(now)
         admitted = []
         while self.aside and self.slots:
             admitted.append(self.aside.popitem(last=False)[1])
             self.beside += 1
             self._run(admitted[-1], now)
-        while self.taken < self.slots and (ticket := self._next()) is not None:
+        while self.waiting and self.taken < self.slots and (ticket := self._next()) is not None:
             admitted.append(ticket)
             self._run(ticket, now)
         return admitted
 
     def _run(self, ticket: Ticket, now: float) -> None:
+        self.waiting -= 1
         ticket.stage, ticket.ran_at = Stage.RUNNING, now
         self.running[ticket.id] = ticket
 
@@ -148,21 +146,23 @@ class Lanes:
         """
         gone = [self.interactive.oldest() for _ in range(len(self.interactive) - self.bound)]
         gone += [self.aside.popitem()[1] for _ in range(len(self.aside) - self.bound)]
-        return gone + [self.regular.newest() for _ in range(len(self.regular) - self.bound)]
+        gone += [self.regular.newest() for _ in range(len(self.regular) - self.bound)]
+        self.waiting -= len(gone)
+        return gone
 
     def discard(self, ticket: Ticket) -> None:
         """The ticket ended, wherever it was."""
-        ran = self.running.pop(ticket.id, None)
-        if ticket.lane == ASIDE:
-            self.beside -= ran is not None
-            self.aside.pop(ticket.id, None)
+        if self.running.pop(ticket.id, None) is not None:
+            self.beside -= ticket.lane == ASIDE
+        elif ticket.lane == ASIDE:
+            self.waiting -= self.aside.pop(ticket.id, None) is not None
         else:
-            self._lane(ticket).discard(ticket.id)
+            self.waiting -= self._lane(ticket).discard(ticket.id)
 
     def clear_waiting(self) -> list[Ticket]:
         """Turns everybody away who waits, oldest first."""
         gone = sorted(self._everybody(), key=lambda it: it.order)
-        self.interactive, self.regular, self.aside = Lane(), Lane(), OrderedDict()
+        self.interactive, self.regular, self.aside, self.waiting = Lane(), Lane(), OrderedDict(), 0
         return gone
 
     def ahead(self, lane: str, now: float) -> int:

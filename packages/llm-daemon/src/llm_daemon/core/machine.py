@@ -18,6 +18,7 @@ from .leases import VETO_PAUSE, Leases
 from .pace import Pace
 from .routes import ASIDE
 
+READIEST = (State.READY, State.STARTING, State.DRAINING, State.STOPPING, State.ABSENT, State.FAILED)
 FAILED_SHOWN = 600.0  # seconds a failed instance stays in view after it may be tried again
 PACES = 64  # specs whose pace is remembered when nobody uses them
 
@@ -45,10 +46,30 @@ class Machine:
     def handle(self, event: Event, now: float) -> list[Command]:
         """Takes one event at monotonic time `now` (seconds); returns commands to be carried out in order."""
         out: list[Command] = []
-        if isinstance(event, (ev.Ended, ev.Aborting)):
-            self.deadlines.discard(event.ticket)  # over already: nobody is there to hear of a deadline
-        for expired in self.deadlines.due(now):  # first, so that nobody is started too late
-            self._cut_short(self.tickets[expired], _expired("was not started by its deadline"), now, out)
+        if self.deadlines.heap:
+            if isinstance(event, (ev.Ended, ev.Aborting)):
+                self.deadlines.discard(event.ticket)  # over already: nobody is there to hear of a deadline
+            for expired in self.deadlines.due(now):  # first, so that nobody is started too late
+                self._cut_short(self.tickets[expired], _expired("was not started by its deadline"), now, out)
+        kind = type(event)
+        if kind is ev.Arrived:  # the two that come with every request are asked for first
+            self._arrived(event, now, out)  # type: ignore[arg-type]
+        elif kind is ev.Ended:
+            self._ended(event.ticket, event.served, now, out)  # type: ignore[union-attr]
+        else:
+            self._take(event, now, out)
+        busy = bool(self.tickets)
+        for it in list(self.instances.values()):
+            if it.state is State.ABSENT or it.state is State.FAILED:
+                self._forget(it, now)
+            else:
+                busy = True
+        self.leases.settle(busy, now)
+        if self.leases.retiring and self.leases.is_due(now) and kind is not ev.Tick and kind is not ev.ExitVetoed:
+            out.append(ev.Exit())
+        return out
+
+    def _take(self, event: Event, now: float, out: list[Command]) -> None:
         match event:
             case ev.Joined(lease):
                 self.leases.holders.add(lease)
@@ -56,15 +77,11 @@ class Machine:
                 self._left(lease, now)
             case ev.Want():
                 self._want(event, now, out)
-            case ev.Arrived():
-                self._arrived(event, now, out)
             case ev.Aborting(ticket):
                 self._aborting(ticket, now, out)
             case ev.Cancel(ticket, error):
                 if ticket in self.tickets:
                     self._cut_short(self.tickets[ticket], error, now, out)
-            case ev.Ended(ticket, served):
-                self._ended(ticket, served, now, out)
             case ev.Progressed(instance, info):
                 if it := self.instances.get(instance):
                     it.has_fetched |= info.get("phase") == "download"
@@ -85,28 +102,18 @@ class Machine:
                 self._tick(now, out)
                 if self.leases.is_due(now):
                     out.append(ev.Exit())
-        self._forget(now)
-        busy = bool(self.tickets) or any(it.has_process for it in self.instances.values())
-        self.leases.settle(busy, now)
-        if self.leases.retiring and self.leases.is_due(now) and not isinstance(event, (ev.Tick, ev.ExitVetoed)):
-            out.append(ev.Exit())
-        return out
 
     @property
     def wake_at(self) -> float | None:
         """When the shell must send the next Tick (monotonic seconds); None if nothing is due by time alone."""
-        return min(self._deadlines(), default=None)
-
-    def _deadlines(self) -> Iterator[float]:
-        if self.leases.exit_at is not None:
-            yield self.leases.exit_at
-        if (first := self.deadlines.first) is not None:
-            yield first
+        due = self.leases.exit_at
+        if self.deadlines.heap and (first := self.deadlines.first) is not None:
+            due = first if due is None else min(due, first)
         for it in self.instances.values():
-            if (due := self._closes_at(it)) is not None:
-                yield due
-            if it.abandon_at is not None:
-                yield it.abandon_at
+            for at in (self._closes_at(it), it.abandon_at):
+                if at is not None and (due is None or at < due):
+                    due = at
+        return due
 
     # Leases ---------------------------------------------------------------------------------------------------
     def _left(self, lease: str, now: float) -> None:
@@ -134,7 +141,7 @@ class Machine:
 
     # Tickets --------------------------------------------------------------------------------------------------
     def _arrived(self, event: ev.Arrived, now: float, out: list[Command]) -> None:
-        if event.supersede in self.keys:  # whatever becomes of the newer one: nobody wants the older any more
+        if event.supersede is not None and event.supersede in self.keys:  # whatever becomes of the newer one: nobody wants the older any more
             newer = errors.UsageError("a newer request took its place", code="superseded", status=409)
             self._cut_short(self.keys[event.supersede], newer.to_wire(), now, out)
         if self.leases.retiring and not self.leases.holders:
@@ -159,7 +166,8 @@ class Machine:
             self._admit(it, now, out)
         elif not it.has_process:
             self._start(it, now, out)
-        self._shed(it, out)
+        if it.lanes.waiting > it.lanes.bound:
+            self._shed(it, out)
 
     def _queue(self, event: ev.Arrived, it: Instance, now: float) -> None:
         ticket = Ticket(event.ticket, it.id, event.lane, now, it.unready(now), event.supersede)
@@ -216,10 +224,12 @@ class Machine:
             if ticket.lane != ASIDE:
                 it.pace.note_service(now - ticket.ran_at)
         if it.state is State.READY:
-            self._admit(it, now, out)
+            if it.lanes.waiting:
+                self._admit(it, now, out)
         elif it.state is State.DRAINING and not it.lanes.running:
             self._halt(it, False, now, out)
-        self._check_abandoned(it, now)
+        else:
+            self._check_abandoned(it, now)
 
     def _let_go(self, ticket: Ticket) -> None:
         """Forgets a ticket that is in no lane any more."""
@@ -241,14 +251,14 @@ class Machine:
     # Instances ------------------------------------------------------------------------------------------------
     def _place(self, spec: Spec, now: float) -> Instance:
         """The instance that serves `spec`: the readiest that covers it, else a new one."""
-        order = [State.READY, State.STARTING, State.DRAINING, State.STOPPING, State.ABSENT, State.FAILED]
-        fits = [
-            it
-            for it in self.instances.values()
-            if it.spec.covers(spec) and not (it.state is State.STARTING and it.spec.risks(spec))
-        ]
+        fits = []
+        for it in self.instances.values():
+            if it.state is State.READY and it.spec is spec:  # what nearly every request finds
+                return it
+            if it.spec.covers(spec) and not (it.state is State.STARTING and it.spec.risks(spec)):
+                fits.append(it)
         if fits:
-            return min(fits, key=lambda it: order.index(it.state))
+            return min(fits, key=lambda it: READIEST.index(it.state))
         self.born += 1
         lanes = Lanes(self.queue_limit, self.max_overtake)
         it = Instance(f"i{self.born}", spec, lanes, self._pace(spec), now, changed_at=now)
@@ -329,11 +339,10 @@ class Machine:
         if it.state is State.STARTING and not it.is_wanted and it.abandon_at is None:
             it.abandon_at = now + ABANDON_AFTER
 
-    def _forget(self, now: float) -> None:
-        for it in list(self.instances.values()):
-            stale = it.state is State.ABSENT or (it.state is State.FAILED and now >= it.retry_at + FAILED_SHOWN)
-            if stale and not (it.leases or it.is_wanted):
-                del self.instances[it.id]
+    def _forget(self, it: Instance, now: float) -> None:
+        stale = it.state is State.ABSENT or (it.state is State.FAILED and now >= it.retry_at + FAILED_SHOWN)
+        if stale and not (it.leases or it.is_wanted):
+            del self.instances[it.id]
 
     # Time -----------------------------------------------------------------------------------------------------
     def _closes_at(self, it: Instance) -> float | None:

@@ -26,7 +26,7 @@ from ..errors import LlmDaemonError, Unavailable, UsageError
 from .connection import Connection
 from .exchange import Ask, Exchange, Route, Turn, Visit, report
 from .guard import Guard
-from .http1 import Request
+from .http1 import Heads, Request
 from .upstream import Pool
 
 __all__ = ["Ask", "Desk", "Exchange", "Gateway", "Route", "Turn"]
@@ -110,6 +110,7 @@ class Gateway:
         self.pool = pool or Pool()
         self.connections: set[Connection] = set()
         self.slow: set[Connection] = set()  # who is in the middle of sending, or does not take an answer
+        self.heads = {via: Heads() for via in ("tcp", "unix", "tls")}  # what was judged good stays good: no judge changes its mind
         self.closing = False
         self.busy = 0  # tickets that have no end yet
         self.held = 0  # bytes of bodies
@@ -280,7 +281,7 @@ class Gateway:
             lane = ASIDE  # looking at an engine takes none of its slots
         self._count += 1
         ask = Ask(f"{self._prefix}-{self._count}", request.path, model, stream, connection.via, lane, peer=connection.peer)
-        if any(name.startswith(b"x-llm-") for name in request.headers):
+        if request.wishes:
             ask = self._wished(ask, request)
         return ask
 

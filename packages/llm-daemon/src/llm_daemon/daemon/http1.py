@@ -7,6 +7,7 @@ What llhttp does not bound - heads, trailers, chunk extensions - is bounded here
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable
 from http import HTTPStatus
 
@@ -48,6 +49,47 @@ class Request(msgspec.Struct):
     route: Route | None = None  # left here by the judge
     tunnel: bool = False
     held: int = 0  # bytes of body that `RequestReader`'s `hold` granted
+    wishes: bool = False  # it has headers of our own
+
+
+_LENGTH = re.compile(rb"\r\nContent-Length: ?([0-9]{1,8})(?=\r\n|$)", re.IGNORECASE)
+
+
+class Heads:
+    """Request heads that were read and judged: a client mostly says the same head again, with another length.
+
+    Keyed by every byte of the head but the digits of its only Content-Length, so that what is known of one is true of the
+    other.  Only plain, good requests are remembered, and few: whoever sends many different ones gains nothing.
+    """
+
+    MOST, LONGEST = 64, 2048
+
+    def __init__(self) -> None:
+        self._known: dict[bytes, Request] = {}
+
+    def find(self, data: bytes) -> tuple[Request, int, int] | None:
+        """(request without body, where its body begins, how long it is) if `data` begins with a head that is known."""
+        end = data.find(b"\r\n\r\n", 0, self.LONGEST)
+        if end < 0 or (match := _LENGTH.search(data, 0, end)) is None:
+            return None
+        a, b = match.span(1)
+        known = self._known.get(data[:a] + data[b:end])
+        return None if known is None else (known, end + 4, int(data[a:b]))
+
+    def learn(self, data: bytes, request: Request) -> None:
+        """`request` is all that `data` held."""
+        end = data.find(b"\r\n\r\n", 0, self.LONGEST)
+        match = _LENGTH.search(data, 0, end) if end >= 0 else None
+        if (
+            match is None or request.error or request.tunnel or request.repeated or not request.keep_alive
+            or request.version != "1.1" or len(data) - end - 4 != len(request.body) or int(match[1]) != len(request.body)
+            or request.headers.keys() & {b"transfer-encoding", b"expect", b"upgrade"}
+        ):  # fmt: skip
+            return
+        if len(self._known) >= self.MOST:
+            self._known.clear()
+        a, b = match.span(1)
+        self._known[data[:a] + data[b:end]] = msgspec.structs.replace(request, body=b"", held=0)
 
 
 class RequestReader:
@@ -57,6 +99,7 @@ class RequestReader:
     not stored.  It must not raise.  `expecting` is True while a client waits for `100 Continue`.  After `failed` (the
     connection cannot be understood or trusted any further) and after a last request, all further bytes are ignored.
     `hold` is asked before bytes of a body are kept, and may refuse; `is_partial` is True in the middle of a request.
+    `heads` may be shared by all readers with the same judge.
     """
 
     def __init__(
@@ -65,8 +108,9 @@ class RequestReader:
         *,
         body_limit: int,
         hold: Callable[[int], bool] = lambda size: True,
+        heads: Heads | None = None,
     ) -> None:
-        self._judge, self._body_limit, self._hold = judge, body_limit, hold
+        self._judge, self._body_limit, self._hold, self._heads = judge, body_limit, hold, heads
         self._parser = httptools.HttpRequestParser(self)
         self._request: Request | None = None
         self._url = b""
@@ -88,7 +132,19 @@ class RequestReader:
         """The requests that these bytes complete, in order."""
         if self.done:
             return []
+        heads = self._heads
+        begins = heads is not None and self._request is None and not self._unfruitful
+        if begins and (found := heads.find(data)) is not None:
+            known, at, size = found
+            if len(data) == at + size <= self._body_limit and self._hold(size):
+                return [
+                    Request(
+                        known.method, known.path, known.query, "1.1", True, known.headers, known.repeated, data[at:], None,
+                        known.route, False, size, known.wishes,
+                    )
+                ]  # fmt: skip
         self._unfruitful += len(data)
+        whole = data
         while data:
             try:
                 self._parser.feed_data(data)
@@ -105,6 +161,8 @@ class RequestReader:
         if self._unfruitful > HEAD_LIMIT:
             self._fail(431, f"request head larger than {HEAD_LIMIT} bytes")
         ready, self._ready = self._ready, []
+        if begins and len(ready) == 1 and not self.done and not self.is_partial:
+            heads.learn(whole, ready[0])
         return ready
 
     def stop(self) -> int:
@@ -169,6 +227,7 @@ class RequestReader:
         path, _, request.query = self._url.partition(b"?")
         request.path = path.decode("latin-1")
         request.headers = headers = dict(pairs)
+        request.wishes = any(name.startswith(b"x-llm-") for name in headers)
         if len(headers) < len(pairs):
             seen: set[bytes] = set()  # and never a count for each: a head of many short lines would take seconds
             request.repeated = frozenset(name for name, _ in pairs if name in seen or seen.add(name))  # type: ignore[func-returns-value]
@@ -240,6 +299,36 @@ class Head(msgspec.Struct):
         return not (self.chunked or self.length is not None or self.status in (204, 304))
 
 
+class Answers:
+    """Heads of whole, plain answers that were read before: the same for an engine's, with another length each time."""
+
+    MOST, LONGEST = 64, 1024
+
+    def __init__(self) -> None:
+        self._known: dict[bytes, Head] = {}
+
+    def find(self, data: bytes) -> tuple[Head, int] | None:
+        """(head, where the body begins) if `data` is one whole answer with a head that is known."""
+        end = data.find(b"\r\n\r\n", 0, self.LONGEST)
+        if end < 0 or (match := _LENGTH.search(data, 0, end)) is None:
+            return None
+        a, b = match.span(1)
+        if len(data) != end + 4 + int(data[a:b]) or (known := self._known.get(data[:a] + data[b:end])) is None:
+            return None
+        return Head(known.status, known.reason, known.lines, data[a:b], False, known.content_type), end + 4
+
+    def learn(self, data: bytes, head: Head) -> None:
+        """`data` was one whole answer on a connection that may be used again."""
+        end = data.find(b"\r\n\r\n", 0, self.LONGEST)
+        match = _LENGTH.search(data, 0, end) if end >= 0 else None
+        if match is None or head.chunked or head.length != match[1] or len(data) != end + 4 + int(match[1]) or head.status != 200:
+            return
+        if len(self._known) >= self.MOST:
+            self._known.clear()
+        a, b = match.span(1)
+        self._known[data[:a] + data[b:end]] = head
+
+
 class ResponseReader:
     """Bytes of one engine connection in, answers out; interim (1xx) answers are swallowed.
 
@@ -247,14 +336,15 @@ class ResponseReader:
     whether the connection may carry another one.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, answers: Answers | None = None) -> None:
         self._parser = httptools.HttpResponseParser(self)
+        self._answers = answers
         self._unfruitful = 0
         self.reset()
 
     def reset(self, may_switch: bool = False) -> None:
         """`may_switch`: an answer of status 101 is one, and all bytes behind it are its body."""
-        self._may_switch, self._switched = may_switch, False
+        self._may_switch, self._switched, self._begun = may_switch, False, False
         self._reason = b""
         self._pairs: list[tuple[bytes, bytes]] = []
         self._broken = ""
@@ -271,6 +361,13 @@ class ResponseReader:
         """
         if self._switched:
             return None, [data], False
+        answers = self._answers
+        begins = answers is not None and not self._begun and not self._may_switch
+        self._begun = True
+        if begins and (found := answers.find(data)) is not None:
+            self.head, at = found
+            self._complete = self.reusable = True
+            return self.head, [data[at:]], True
         self._unfruitful += len(data)
         try:
             self._parser.feed_data(data)
@@ -287,6 +384,8 @@ class ResponseReader:
             raise RemoteProtocolError(f"answer head larger than {HEAD_LIMIT} bytes")
         head, self._new_head = self._new_head, None
         body, self._body = self._body, []
+        if begins and head is not None and self._complete and self.reusable:
+            answers.learn(data, head)
         return head, body, self._complete
 
     # -- called by httptools

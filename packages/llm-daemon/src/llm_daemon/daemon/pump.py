@@ -40,32 +40,38 @@ class Pump:
 
     def post(self, event: Event) -> None:
         """Not thread-safe: call it on the loop's thread."""
-        self._inbox.append(event)
         if self._busy:
+            self._inbox.append(event)
             return
         self._busy = True
         try:
+            self._handle(event)
             while self._inbox:
-                event, now = self._inbox.popleft(), self._now()
-                commands = self.machine.handle(event, now)
-                if self._saw is not None:
-                    self._saw(event, commands, now)
-                for command in commands:
-                    try:
-                        self._do(command)
-                    except Exception:  # one command that fails must not cost those behind it
-                        log.exception("%r failed", command)
+                self._handle(self._inbox.popleft())
         finally:
             self._busy = False
         self._arm()
 
+    def _handle(self, event: Event) -> None:
+        now = self._now()
+        commands = self.machine.handle(event, now)
+        for command in commands:
+            try:
+                self._do(command)
+            except Exception:  # one command that fails must not cost those behind it
+                log.exception("%r failed", command)
+        if self._saw is not None:  # last: a request must not wait for its record
+            self._saw(event, commands, now)
+
     def _arm(self) -> None:
         wake_at = self.machine.wake_at
-        if self._timer is not None and (wake_at is None or self._timer_at is None or wake_at < self._timer_at):
+        if wake_at is None:
+            return  # the timer that may be left is stale, harmless and rare
+        if self._timer is not None and (self._timer_at is None or wake_at < self._timer_at):
             self._timer.cancel()
             self._timer = None
-        if wake_at is not None and self._timer is None:
-            # A deadline that moved back leaves the old, earlier timer: its Tick is stale, harmless and rare.
+        if self._timer is None:
+            # A deadline that moved back leaves the old, earlier timer, whose Tick is stale too.
             self._timer_at = wake_at
             self._timer = asyncio.get_running_loop().call_later(max(0.0, wake_at - self._now()), self._tick)
 

@@ -18,7 +18,7 @@ from time import monotonic
 from typing import Protocol, cast
 
 from ..errors import LlmDaemonError, RemoteProtocolError
-from .http1 import Head, ResponseReader
+from .http1 import Answers, Head, ResponseReader
 
 LET_GO = 5.0  # seconds an engine that confirms may need to let go of a request; then its connection is torn down
 _BACKLOG_WAIT = 5.0  # seconds to go on knocking while the engine's accept queue is full (cpp-httplib's holds 5)
@@ -117,7 +117,7 @@ class Link(asyncio.Protocol):
 
     def __init__(self, pool: Pool, path: str, sock: socket.socket) -> None:
         self.path, self._pool, self._sock = path, pool, sock
-        self._reader = ResponseReader()
+        self._reader = ResponseReader(pool.answers)
         self._call: Call | None = None
         self._used = self._dead = False
         self._let_go: Callable[[], None] | None = None
@@ -218,6 +218,7 @@ class Pool:
         self._idle: dict[str, list[tuple[Link, float]]] = {}
         self._timer: asyncio.TimerHandle | None = None
         self.calls: set[Call] = set()
+        self.answers = Answers()
         self.leaving: set[Link] = set()  # told to let go of their last call
         self.speaking: set[str] = set()  # paths of engines that sent something since `heard` was asked
 
