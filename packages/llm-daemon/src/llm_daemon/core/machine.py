@@ -5,7 +5,6 @@ One caller, one thread.  `handle` never raises for anything a client, an engine 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from .. import errors
@@ -141,7 +140,9 @@ class Machine:
 
     # Tickets --------------------------------------------------------------------------------------------------
     def _arrived(self, event: ev.Arrived, now: float, out: list[Command]) -> None:
-        if event.supersede is not None and event.supersede in self.keys:  # whatever becomes of the newer one: nobody wants the older any more
+        if (
+            event.supersede is not None and event.supersede in self.keys
+        ):  # whatever becomes of the newer one: nobody wants the older any more
             newer = errors.UsageError("a newer request took its place", code="superseded", status=409)
             self._cut_short(self.keys[event.supersede], newer.to_wire(), now, out)
         if self.leases.retiring and not self.leases.holders:

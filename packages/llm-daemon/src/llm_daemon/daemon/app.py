@@ -140,6 +140,8 @@ class Daemon:
     # Commands of the core -------------------------------------------------------------------------------------
     def _do(self, command: Command) -> None:
         match command:
+            case ev.Run(ticket, instance, loaded_for):
+                self.desk.run(ticket, instance, loaded_for)
             case ev.Start(instance, spec):
                 for forgotten in set(self.supervisor.live) - set(self.machine.instances):
                     del self.supervisor.live[forgotten]
@@ -150,8 +152,6 @@ class Daemon:
                 if self.gateway and (live := self.supervisor.live.get(instance)) and live.process:
                     self.gateway.cut(live.process.socket)  # llama-server waits half a minute for open streams after SIGTERM
                 self.supervisor.halt(instance, force)
-            case ev.Run(ticket, instance, loaded_for):
-                self.desk.run(ticket, instance, loaded_for)
             case ev.Refuse(ticket, error):
                 self.desk.refuse(ticket, errors.from_wire(dict(error)))
             case ev.Abort(ticket, error):

@@ -36,7 +36,9 @@ class Connection(asyncio.Protocol):
     def __init__(self, gateway: Gateway, via: str, port: int) -> None:
         self.via, self.port, self._gateway = via, port, gateway
         self.peer = 0
-        self._reader = RequestReader(partial(gateway.judge, self), body_limit=gateway.body_limit, hold=gateway.hold, heads=gateway.heads[via])
+        self._reader = RequestReader(
+            partial(gateway.judge, self), body_limit=gateway.body_limit, hold=gateway.hold, heads=gateway.heads[via]
+        )
         self._slow_since = 0.0  # loop time; 0 while nothing is begun that could take too long
         self._waiting: deque[Request] = deque()
         self._exchange: Exchange | None = None

@@ -17,12 +17,15 @@ from ..core.instance import State
 from ..core.lanes import Stage
 from ..spec import Spec
 from .journal import End, TicketRecord
+from .route import Route
 
 if TYPE_CHECKING:
     from .app import Daemon
     from .exchange import Ask, Exchange, Turn
+    from .process import EngineProcess
 
 log = logging.getLogger("llm_daemon")
+ROUTES = 64  # remembered
 DEATH_NOTICE = 1.0  # seconds an engine that broke off is given to turn out dead
 ENDS: dict[str, End] = {
     "queue_full": "shed", "superseded": "superseded", "expired": "expired", "cancelled": "cancelled", "hung_up": "cancelled",
@@ -36,20 +39,25 @@ class DaemonDesk:
     def __init__(self, daemon: Daemon) -> None:
         self._daemon = daemon
         self.turns: dict[str, Turn] = {}
+        self._routes: dict[str, tuple[EngineProcess, Route]] = {}  # by instance
         self._asking: dict[str, asyncio.Task[None]] = {}  # tickets whose model is being looked up, or whose engine is gone
 
     # Commands of the core -------------------------------------------------------------------------------------
     def run(self, ticket: str, instance: str, loaded_for: float) -> None:
-        from .exchange import Route
-
         daemon = self._daemon
         process = daemon.supervisor.live[instance].process
-        if process is None:  # died in this very moment; its Down is on the way
+        if process is not None and (known := self._routes.get(instance)) is not None and known[0] is process:
+            route = known[1]
+        elif process is not None:
+            plan = process.plan
+            route = Route(instance, process.socket, assembled=plan.assembled, confirms=plan.confirms_hangup)
+            self._routes = (
+                {instance: (process, route)} if len(self._routes) > ROUTES else {**self._routes, instance: (process, route)}
+            )
+        else:  # died in this very moment; its Down is on the way
             self.turns.pop(ticket).refuse(errors.EngineError("the engine died", code="engine_died"))
             daemon.post(ev.Ended(ticket))
             return
-        plan = process.plan
-        route = Route(instance, process.socket, assembled=plan.assembled, confirms=plan.confirms_hangup)
         self.turns[ticket].run(route, loaded_for)
         assert daemon.gateway is not None  # whose turn it is
         daemon.supervisor.watch(instance, daemon.gateway.pool)
@@ -67,19 +75,20 @@ class DaemonDesk:
 
     # What the gateway asks ------------------------------------------------------------------------------------
     def open(self, ask: Ask, turn: Turn) -> None:
-        arrived = monotonic()
+        deadline = None if ask.deadline is None else monotonic() + ask.deadline
+        if self._daemon.supervisor.is_ready:
+            self._arrive(ask, turn, deadline)
+        else:
+            self.when_ready(ask.ticket, lambda: self._arrive(ask, turn, deadline))
 
-        def arrive() -> None:
-            try:
-                spec = self._meant(ask.model)
-            except Exception as e:
-                turn.refuse(known(e))
-                return
-            self.turns[ask.ticket] = turn
-            deadline = None if ask.deadline is None else arrived + ask.deadline
-            self._daemon.post(ev.Arrived(ask.ticket, spec, ask.lane, ask.supersede, deadline, ask.keep_alive))
-
-        self.when_ready(ask.ticket, arrive)
+    def _arrive(self, ask: Ask, turn: Turn, deadline: float | None) -> None:
+        try:
+            spec = self._meant(ask.model)
+        except Exception as e:
+            turn.refuse(known(e))
+            return
+        self.turns[ask.ticket] = turn
+        self._daemon.post(ev.Arrived(ask.ticket, spec, ask.lane, ask.supersede, deadline, ask.keep_alive))
 
     def when_ready(self, name: str, act: Callable[[], None]) -> None:
         """Calls `act` now, or as soon as the engines are located (the first tenth of a second of our life)."""

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 from contextlib import suppress
-from dataclasses import dataclass
 from time import perf_counter
 from typing import TYPE_CHECKING, Protocol
 
@@ -20,6 +19,7 @@ from ..core.openai import error_body
 from ..core.routes import Kind, Route as Way
 from ..errors import Bug, EngineError, LlmDaemonError, RemoteProtocolError
 from .http1 import Head, Request, chunk, request_bytes
+from .route import Route
 from .upstream import Call
 
 if TYPE_CHECKING:
@@ -52,21 +52,6 @@ class Ask(msgspec.Struct, frozen=True):
     deadline: float | None = None
     keep_alive: float | None = None
     peer: int = 0
-
-
-@dataclass(frozen=True, slots=True)
-class Route:
-    """Where a request goes: the engine's unix socket.  `headers` are added to what the engine gets (a key of its own).
-
-    `assembled`: paths whose plain answers are asked for as streams, because the engine notices only then that the
-    client is gone.  `confirms`: see upstream.py.
-    """
-
-    instance: str
-    socket: str
-    headers: tuple[tuple[str, str], ...] = ()
-    assembled: frozenset[str] = frozenset()
-    confirms: bool = False
 
 
 class Turn(Protocol):
@@ -252,6 +237,9 @@ class Exchange:
     def _message(self, route: Route, body: bytes) -> bytes:
         """What the engine is asked."""
         request, way = self.request, self._way
+        memo = request.memo if self._assembler is None and not route.headers else None
+        if memo is not None and (head := memo.get(way.path)) is not None:
+            return head % (len(body), body)
         given, names = request.headers, _FORWARDED
         target, method = way.path.encode("latin-1"), b"POST"
         if way.kind is not Kind.RELAYED:
@@ -266,6 +254,12 @@ class Exchange:
             headers += [(b"connection", b"upgrade"), (b"upgrade", b"websocket")]
         if route.headers:
             headers += [(name.encode("ascii"), value.encode("ascii")) for name, value in route.headers]
+        if memo is not None and way.kind is Kind.RELAYED:
+            memo[way.path] = (
+                request_bytes(target, headers, b"", b"POST")
+                .replace(b"%", b"%%")
+                .replace(b"Content-Length: 0\r\n\r\n", b"Content-Length: %d\r\n\r\n%b")
+            )
         return request_bytes(target, headers, body, method)
 
     def _leave(self) -> None:
@@ -343,16 +337,15 @@ class Exchange:
 
     def _own_headers(self) -> bytes:
         """Header lines of the ticket."""
-        now, ticket = perf_counter(), self.ask.ticket
-        if self._route is None:
+        now, ticket, route = perf_counter(), self.ask.ticket, self._route
+        if route is None:
             text = f"X-LLM-Ticket: {ticket}\r\nServer-Timing: queue;dur={(now - self.opened) * 1e3:.3f}\r\n"
         else:
-            load, queue = self.loaded_for, max(0.0, self.ran - self.opened - self.loaded_for)
-            timing = f"queue;dur={queue * 1e3:.3f}, load;dur={load * 1e3:.3f}, engine;dur={(now - self.ran) * 1e3:.3f}"
-            instance = self._route.instance
-            if not (instance.isascii() and instance.isprintable()):  # a model's name may hold anything
-                instance = ascii(instance)
-            text = f"X-LLM-Ticket: {ticket}\r\nX-LLM-Instance: {instance}\r\nServer-Timing: {timing}\r\n"
+            queue, load = max(0.0, self.ran - self.opened - self.loaded_for) * 1e3, self.loaded_for * 1e3
+            text = (
+                f"X-LLM-Ticket: {ticket}\r\nX-LLM-Instance: {route.label}\r\n"
+                f"Server-Timing: queue;dur={queue:.3f}, load;dur={load:.3f}, engine;dur={(now - self.ran) * 1e3:.3f}\r\n"
+            )
             if self._replayed:
                 text += "X-LLM-Replayed: 1\r\n"
         return text.encode("ascii")
@@ -362,7 +355,8 @@ class Exchange:
         self._head, old = head, self.request.version == "1.0"
         self.status = head.status
         lines = [b"HTTP/1.1 %d %b\r\n" % (head.status, head.reason), *head.lines, self._own_headers()]
-        lines += self._gateway.cors(self.request)
+        if b"origin" in self.request.headers:
+            lines += self._gateway.cors(self.request)
         if head.status == 101:
             self._keep = False
             return b"".join([*lines, b"Connection: upgrade\r\nUpgrade: websocket\r\n\r\n"])

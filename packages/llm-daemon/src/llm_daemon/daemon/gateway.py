@@ -110,7 +110,9 @@ class Gateway:
         self.pool = pool or Pool()
         self.connections: set[Connection] = set()
         self.slow: set[Connection] = set()  # who is in the middle of sending, or does not take an answer
-        self.heads = {via: Heads() for via in ("tcp", "unix", "tls")}  # what was judged good stays good: no judge changes its mind
+        self.heads = {
+            via: Heads() for via in ("tcp", "unix", "tls")
+        }  # what was judged good stays good: no judge changes its mind
         self.closing = False
         self.busy = 0  # tickets that have no end yet
         self.held = 0  # bytes of bodies

@@ -50,6 +50,7 @@ class Request(msgspec.Struct):
     tunnel: bool = False
     held: int = 0  # bytes of body that `RequestReader`'s `hold` granted
     wishes: bool = False  # it has headers of our own
+    memo: dict[str, bytes] | None = None  # what was made of a head that is known, by whoever makes it
 
 
 _LENGTH = re.compile(rb"\r\nContent-Length: ?([0-9]{1,8})(?=\r\n|$)", re.IGNORECASE)
@@ -89,7 +90,7 @@ class Heads:
         if len(self._known) >= self.MOST:
             self._known.clear()
         a, b = match.span(1)
-        self._known[data[:a] + data[b:end]] = msgspec.structs.replace(request, body=b"", held=0)
+        self._known[data[:a] + data[b:end]] = msgspec.structs.replace(request, body=b"", held=0, memo={})
 
 
 class RequestReader:
@@ -140,7 +141,7 @@ class RequestReader:
                 return [
                     Request(
                         known.method, known.path, known.query, "1.1", True, known.headers, known.repeated, data[at:], None,
-                        known.route, False, size, known.wishes,
+                        known.route, False, size, known.wishes, known.memo,
                     )
                 ]  # fmt: skip
         self._unfruitful += len(data)
@@ -326,7 +327,7 @@ class Answers:
         if len(self._known) >= self.MOST:
             self._known.clear()
         a, b = match.span(1)
-        self._known[data[:a] + data[b:end]] = head
+        self._known[data[:a] + data[b:end]] = Head(200, head.reason, [b"".join(head.lines)], None, False, head.content_type)
 
 
 class ResponseReader:
