@@ -50,6 +50,8 @@ class Core:
 
     async def ready(self) -> None: ...
 
+    def tell(self) -> None: ...
+
     def resolve(self, model: str) -> Spec:
         if model != "smollm2-135m":
             raise errors.UsageError(f"no model {model!r}", code="unknown_model")

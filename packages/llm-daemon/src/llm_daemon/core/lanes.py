@@ -109,6 +109,17 @@ class Lanes:
         """How many of those that hold a slot were told to end."""
         return sum(it.stage is Stage.ABORTING for it in self.running.values())
 
+    def may_run(self, lane: str) -> bool:
+        """Whether a ticket that comes now runs at once."""
+        return not self.waiting and lane != ASIDE and len(self.running) - self.beside < self.slots
+
+    def run(self, ticket: Ticket, now: float) -> None:
+        """Gives it a free slot."""
+        self.came += 1
+        ticket.order = self.came
+        ticket.stage, ticket.ran_at = Stage.RUNNING, now
+        self.running[ticket.id] = ticket
+
     def submit(self, ticket: Ticket) -> None:
         """Queues the ticket, whatever the bound: `admit` and `shed` follow."""
         self.came += 1

@@ -162,6 +162,14 @@ class Machine:
         if event.keep_alive is not None:
             it.keep_alive = event.keep_alive
         it.abandon_at = None
+        if it.state is State.READY and it.lanes.may_run(event.lane):  # nobody waits: straight into a free slot
+            ticket = Ticket(event.ticket, it.id, event.lane, now, 0.0, event.supersede)
+            self.tickets[ticket.id] = ticket
+            if ticket.key is not None:
+                self.keys[ticket.key] = ticket
+            it.lanes.run(ticket, now)
+            out.append(ev.Run(ticket.id, it.id, 0.0))
+            return
         self._queue(event, it, now)
         if it.state is State.READY:
             self._admit(it, now, out)

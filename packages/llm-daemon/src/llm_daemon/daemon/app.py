@@ -66,6 +66,7 @@ class Daemon:
             self.settings.queue_limit,
             self.settings.max_overtake,
         )
+        self.desk = DaemonDesk(self)
         self.facts = DaemonFacts(self)
         self.journal = self.facts.journal
         self.admin = Admin(self.facts, os.path.join(f"g-{born.generation}", "admin.sock"))
@@ -73,7 +74,6 @@ class Daemon:
         self.control = ControlServer(self)
         self.supervisor = Supervisor(self.settings, born.catalog, born.registry, born.generation, born.log_dir, self.post)
         self.gateway: Gateway | None = None
-        self.desk = DaemonDesk(self)
         self.beats = 0
         self.is_ghost = False
         self.is_looking_out = False

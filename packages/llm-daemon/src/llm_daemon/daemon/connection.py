@@ -66,7 +66,12 @@ class Connection(asyncio.Protocol):
             if self._tunnel is not None:
                 self._tunnel.client_sent(data)
             return
-        self._waiting += reader.feed(data)
+        requests = reader.feed(data)
+        if len(requests) == 1 and self._exchange is None and not (self._waiting or self._paused or self._closing):
+            self._slow_since = 0.0  # by far the most usual: one whole request, and nothing else to do
+            self._serve_alone(requests[0])
+            return
+        self._waiting += requests
         if reader.is_partial:
             self._is_slow_from_here()
         elif not self._paused:
@@ -203,6 +208,17 @@ class Connection(asyncio.Protocol):
         if self._reader.expecting and self._exchange is None and not (self._waiting or self._closing):
             self._reader.expecting = False
             self.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+
+    def _serve_alone(self, request: Request) -> None:
+        self._advancing = True
+        try:
+            self._serve(request)
+        finally:
+            self._advancing = False
+        if self._reader.is_partial:
+            self._is_slow_from_here()
+        if self._exchange is None and (self._waiting or self._reader.expecting):
+            self._advance()
 
     def _serve(self, request: Request) -> None:
         exchange = self._gateway.handle(request, self)

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from .process import EngineProcess
 
 log = logging.getLogger("llm_daemon")
+RECORD_AFTER = 0.02  # seconds from the end of a request to its record
 ROUTES = 64  # remembered
 DEATH_NOTICE = 1.0  # seconds an engine that broke off is given to turn out dead
 ENDS: dict[str, End] = {
@@ -39,6 +40,7 @@ class DaemonDesk:
     def __init__(self, daemon: Daemon) -> None:
         self._daemon = daemon
         self.turns: dict[str, Turn] = {}
+        self._told: list[tuple[Exchange, float]] = []
         self._routes: dict[str, tuple[EngineProcess, Route]] = {}  # by instance
         self._asking: dict[str, asyncio.Task[None]] = {}  # tickets whose model is being looked up, or whose engine is gone
 
@@ -51,9 +53,9 @@ class DaemonDesk:
         elif process is not None:
             plan = process.plan
             route = Route(instance, process.socket, assembled=plan.assembled, confirms=plan.confirms_hangup)
-            self._routes = (
-                {instance: (process, route)} if len(self._routes) > ROUTES else {**self._routes, instance: (process, route)}
-            )
+            if len(self._routes) >= ROUTES:
+                self._routes.clear()
+            self._routes[instance] = process, route
         else:  # died in this very moment; its Down is on the way
             self.turns.pop(ticket).refuse(errors.EngineError("the engine died", code="engine_died"))
             daemon.post(ev.Ended(ticket))
@@ -157,18 +159,30 @@ class DaemonDesk:
         return True
 
     def over(self, exchange: Exchange) -> None:
-        ask, now, e = exchange.ask, perf_counter(), exchange
+        # Its record can wait; the next request cannot.
+        if not self._told:
+            asyncio.get_running_loop().call_later(RECORD_AFTER, self.tell)
+        self._told.append((exchange, perf_counter()))
+
+    def tell(self) -> None:
+        """Records what is over.  Whoever reads the journal calls this first."""
+        told, self._told = self._told, []
+        for exchange, ended in told:
+            self._record(exchange, ended)
+
+    def _record(self, exchange: Exchange, now: float) -> None:
+        ask, e = exchange.ask, exchange
         began, total = e.ran or now, now - e.opened
-        instance = e.instance
-        live = self._daemon.supervisor.live.get(instance)
-        end = ENDS.get(e.code) or ("refused" if e.code and not e.ran else "failed" if e.code else "served")
+        live = self._daemon.supervisor.live.get(e.instance)
+        end = ENDS.get(e.code) or ("served" if not e.code else "failed" if e.ran else "refused")
         record = TicketRecord(
-            ticket=ask.ticket, time=time.time() - total, path=ask.path, model=live.spec.model if live else ask.model or "",
-            end=end, total_s=total, instance=instance, engine=live.engine if live else "", lane=ask.lane, stream=ask.stream,
-            via=ask.via, pid=ask.peer or None, status=e.status, code="" if end == "served" else e.code,
-            queue_s=max(0.0, began - e.opened - e.loaded_for), load_s=e.loaded_for,
-            engine_s=(e.headed or now) - began if e.ran else 0.0, first_token_s=e.first - e.opened if e.first else None,
-            bytes_in=e.received, bytes_out=e.sent, chunks=e.pieces, replayed=e.replayed,
+            ticket=ask.ticket, time=time.time() - (perf_counter() - e.opened), path=ask.path,
+            model=live.spec.model if live else ask.model or "", end=end, total_s=total, instance=e.instance,
+            engine=live.engine if live else "", lane=ask.lane, stream=ask.stream, via=ask.via, pid=ask.peer or None,
+            status=e.status, code="" if end == "served" else e.code, queue_s=max(0.0, began - e.opened - e.loaded_for),
+            load_s=e.loaded_for, engine_s=(e.headed or now) - began if e.ran else 0.0,
+            first_token_s=e.first - e.opened if e.first else None, bytes_in=e.received, bytes_out=e.sent, chunks=e.pieces,
+            replayed=e.replayed,
         )  # fmt: skip
         journal = self._daemon.journal
         journal.ticket(record, body=e.request.body if journal.keeps_bodies else b"")

@@ -73,22 +73,25 @@ class Turn(Protocol):
 class Exchange:
     """One ticket."""
 
+    # On the class, for most requests need few of them and each costs.
+    _state = "new"  # new → waiting → running → over
+    _route: Route | None = None
+    _call: Call | None = None
+    _assembler: Assembler | None = None
+    _head: Head | None = None  # of the answer, once some of it was given to the client
+    _chunked = False  # how the client gets the body
+    _replayed = False  # taken back by the desk once: never a second time
+    _keep = True  # the client can tell where the answer ends
+    _tail = b""  # last piece of an event stream
+    _told = False
+    opened = ran = loaded_for = 0.0
+    headed = first = 0.0  # perf_counter at the engine's head, and at its first piece of body
+    sent = pieces = status = 0
+    code = ""
+
     def __init__(self, gateway: Gateway, connection: Connection, request: Request, way: Way, ask: Ask) -> None:
         self.ask, self._gateway, self._connection, self.request, self._way = ask, gateway, connection, request, way
-        self._state = "new"  # new → waiting → running → over
-        self._route: Route | None = None
-        self._call: Call | None = None
-        self._assembler: Assembler | None = None
-        self._head: Head | None = None  # of the answer, once some of it was given to the client
-        self._chunked = False  # how the client gets the body
-        self._replayed = False  # taken back by the desk once: never a second time
-        self._keep = True  # the client can tell where the answer ends
-        self._tail = b""  # last piece of an event stream
-        self.opened = self.ran = self.loaded_for = 0.0
-        self.headed = self.first = 0.0  # perf_counter at the engine's head, and at its first piece of body
-        self.received, self.sent, self.pieces, self.status = len(request.body), 0, 0, 0
-        self.code = ""
-        self._told = False
+        self.received = len(request.body)
 
     @property
     def instance(self) -> str:

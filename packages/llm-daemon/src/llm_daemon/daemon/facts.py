@@ -32,7 +32,7 @@ class DaemonFacts:
         settings: Settings = daemon.settings
         history = History(paths.history_file(), settings.history_limit) if settings.history_limit else None
         self._leaving: asyncio.Task[None] | None = None
-        self.journal = Journal(history, keeps_bodies=settings.history_prompts, instance=self._instance, who=self._who)
+        self._journal = Journal(history, keeps_bodies=settings.history_prompts, instance=self._instance, who=self._who)
 
     def _instance(self, instance: str) -> Instance | None:
         return self._daemon.machine.instances.get(instance)
@@ -46,6 +46,12 @@ class DaemonFacts:
         return f"{words or 'a client'} (pid {holder.pid})"
 
     # What there is --------------------------------------------------------------------------------------------
+    @property
+    def journal(self) -> Journal:
+        """With the requests in it that ended a moment ago."""
+        self._daemon.desk.tell()
+        return self._journal
+
     def status(self) -> dict[str, Any]:
         from .status import status
 

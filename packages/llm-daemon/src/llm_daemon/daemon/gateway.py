@@ -24,9 +24,10 @@ from ..core.openai import read_form, read_wanted
 from ..core.routes import ASIDE, INTERACTIVE, REGULAR, Kind, Route as Way, find, is_open, known
 from ..errors import LlmDaemonError, Unavailable, UsageError
 from .connection import Connection
-from .exchange import Ask, Exchange, Route, Turn, Visit, report
+from .exchange import Ask, Exchange, Turn, Visit, report
 from .guard import Guard
 from .http1 import Heads, Request
+from .route import Route
 from .upstream import Pool
 
 __all__ = ["Ask", "Desk", "Exchange", "Gateway", "Route", "Turn"]

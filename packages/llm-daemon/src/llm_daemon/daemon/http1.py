@@ -133,9 +133,8 @@ class RequestReader:
         """The requests that these bytes complete, in order."""
         if self.done:
             return []
-        heads = self._heads
-        begins = heads is not None and self._request is None and not self._unfruitful
-        if begins and (found := heads.find(data)) is not None:
+        heads = None if self._request is not None or self._unfruitful else self._heads
+        if heads is not None and (found := heads.find(data)) is not None:
             known, at, size = found
             if len(data) == at + size <= self._body_limit and self._hold(size):
                 return [
@@ -162,7 +161,7 @@ class RequestReader:
         if self._unfruitful > HEAD_LIMIT:
             self._fail(431, f"request head larger than {HEAD_LIMIT} bytes")
         ready, self._ready = self._ready, []
-        if begins and len(ready) == 1 and not self.done and not self.is_partial:
+        if heads is not None and len(ready) == 1 and not self.done and not self.is_partial:
             heads.learn(whole, ready[0])
         return ready
 
@@ -365,7 +364,7 @@ class ResponseReader:
         answers = self._answers
         begins = answers is not None and not self._begun and not self._may_switch
         self._begun = True
-        if begins and (found := answers.find(data)) is not None:
+        if answers is not None and begins and (found := answers.find(data)) is not None:
             self.head, at = found
             self._complete = self.reusable = True
             return self.head, [data[at:]], True
@@ -385,7 +384,7 @@ class ResponseReader:
             raise RemoteProtocolError(f"answer head larger than {HEAD_LIMIT} bytes")
         head, self._new_head = self._new_head, None
         body, self._body = self._body, []
-        if begins and head is not None and self._complete and self.reusable:
+        if answers is not None and begins and head is not None and self._complete and self.reusable:
             answers.learn(data, head)
         return head, body, self._complete
 

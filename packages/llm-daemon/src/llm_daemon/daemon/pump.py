@@ -8,7 +8,7 @@ from collections import deque
 from collections.abc import Callable
 from time import monotonic
 
-from ..core.events import Command, Event, Tick
+from ..core.events import Arrived, Command, Event, Tick
 from ..core.machine import Machine
 
 log = logging.getLogger("llm_daemon")
@@ -50,7 +50,8 @@ class Pump:
                 self._handle(self._inbox.popleft())
         finally:
             self._busy = False
-        self._arm()
+        if self._timer is None or type(event) is not Arrived or event.deadline is not None:
+            self._arm()  # a request that came makes nothing due that was not, but its own deadline
 
     def _handle(self, event: Event) -> None:
         now = self._now()
