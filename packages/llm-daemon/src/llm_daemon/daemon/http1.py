@@ -161,7 +161,7 @@ class RequestReader:
         if self._unfruitful > HEAD_LIMIT:
             self._fail(431, f"request head larger than {HEAD_LIMIT} bytes")
         ready, self._ready = self._ready, []
-        if heads is not None and len(ready) == 1 and not self.done and not self.is_partial:
+        if heads is not None and len(ready) == 1 and not self.is_partial:
             heads.learn(whole, ready[0])
         return ready
 
