@@ -32,8 +32,8 @@ def program(folder: Path, script: str) -> str:
 
 
 # What `--help` of a current and of an old build mention.
-CURRENT = "--offline --no-ui --cache-ram --cors-origins --metrics --no-slots"
-OLD = "--no-webui --metrics --no-slots"
+CURRENT = "--offline --cache-ram --cors-origins --metrics --no-slots"
+OLD = "--metrics --no-slots"
 TALK = 'case "$1" in --version) echo "version: 42 (abc)";; --help) echo "{}";; esac\n'
 
 
@@ -303,14 +303,14 @@ def test_the_command_line(tmp_path: Path) -> None:
     text = " ".join(plan.argv[1:])
     assert text == (
         "-m /m.gguf --host e.sock -a an alias -c 3000 -np 3 -t 5 -tb 5 -lv 3 -ngl 7 "
-        "--offline --no-ui --cache-ram 256 --cors-origins localhost --metrics --no-slots --temp 0"
+        "--offline --cache-ram 256 --cors-origins localhost --metrics --no-slots --temp 0"
     )
     assert (plan.address, plan.slots, dict(plan.env)) == ("e.sock", 3, {"XDG_CONFIG_HOME": "."})
 
 
 def test_an_older_build_gets_only_what_it_knows(tmp_path: Path) -> None:
     plan = planned(tmp_path, OLD)
-    assert plan.argv[-3:] == ("--no-webui", "--metrics", "--no-slots")
+    assert plan.argv[-2:] == ("--metrics", "--no-slots")
     assert "-ngl" not in plan.argv
 
 
@@ -370,7 +370,7 @@ def test_the_hosts_parameters() -> None:
         "cache_ram_mib": 0,
     }
     assert {key: params[key] for key in wanted} == wanted
-    assert (params["offline"], params["ui"], params["endpoint_slots"], params["sleep_idle_seconds"]) == (True, False, False, -1)
+    assert (params["offline"], params["ui"], params["endpoint_slots"], params["sleep_idle_seconds"]) == (True, True, False, -1)
     assert plan.slots == 3
 
 

@@ -82,7 +82,6 @@ class LlamaServer:
         # Older builds lack some of these, or have them under the second name.
         for names, value in (
             (("--offline",), None),
-            (("--no-ui", "--no-webui"), None),
             (("--cache-ram",), str(_llamacpp.CACHE_RAM_MIB)),
             (("--cors-origins",), "localhost"),
             (("--metrics",), None),

@@ -115,7 +115,7 @@ class Xllamacpp:
             "offline": True,
             "reuse_port": False,
             "sleep_idle_seconds": -1,
-            "ui": False,
+            "ui": True,  # reached through /upstream/{model}/ alone, with the gateway's checks before it
             "ui_mcp_proxy": False,
             "use_jinja": True,
             "verbosity": 3,
