@@ -49,7 +49,7 @@ def test_numbers_have_bounds(field: str, good: list[Any], bad: list[Any]) -> Non
 
 def test_the_refusal_names_the_field_and_its_bound() -> None:
     body = b'{"n": 99}'
-    with pytest.raises(UsageError, match="^n must be a number from 0 to 16, not 99$"):
+    with pytest.raises(UsageError, match=r"^n must be a number from 0 to 16, not 99$"):
         firewall.check(read_wanted(body), body)
 
 
