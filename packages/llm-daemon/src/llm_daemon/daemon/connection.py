@@ -182,6 +182,8 @@ class Connection(asyncio.Protocol):
                 self.transport.abort()
             elif self._exchange is not None:  # it waits for us, and its next request may take its time from then on
                 self._slow_since = now
+            elif self._closing:  # it was answered; _LINGER bounds the rest
+                self._slow_since = 0.0
             else:
                 self._reader.failed = True  # it may still be sending
                 error = UsageError("the request did not come in time", code="timeout", status=408)

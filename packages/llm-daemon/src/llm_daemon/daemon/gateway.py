@@ -367,7 +367,7 @@ def _number(headers: dict[bytes, bytes], name: str, wanted: str) -> float | None
     if text is None:
         return None
     try:
-        value = float(text)
+        value = float(text.replace(b"_", b"?"))  # Python's own digit groups are nobody else's
     except ValueError:
         value = -1.0
     if not (isfinite(value) and 0 <= value <= 1e9):
