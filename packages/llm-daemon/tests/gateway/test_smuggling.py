@@ -100,6 +100,11 @@ UNDERSTOOD = {"two hosts"}
 def test_what_smuggles_is_refused(run: Any, world: Any, name: str) -> None:
     async def main() -> None:
         async with world() as w:
+            known = await w.client()
+            for _ in range(3):  # a head that was read before is not read again
+                known.send(POST + LENGTH + b"\r\n" + BODY)
+                assert (await known.answer()).status == 200
+            before = len(w.engine.calls), len(w.desk.log.items)
             for step in (0, 1):
                 client = await w.client()
                 data = CASES[name] + (SMUGGLED if name not in UNDERSTOOD else b"")
@@ -110,7 +115,38 @@ def test_what_smuggles_is_refused(run: Any, world: Any, name: str) -> None:
                 if name not in UNDERSTOOD:
                     assert answer.headers["connection"] == "close"
                     assert await client.closed()
-            assert w.engine.calls == [] and w.desk.log.items == []
+            assert (len(w.engine.calls), len(w.desk.log.items)) == before
+
+    run(main())
+
+
+KNOWN = POST + LENGTH + b"\r\n"
+
+
+@pytest.mark.parametrize(
+    ("data", "bodies"),
+    [
+        (KNOWN + BODY + KNOWN + BODY, [BODY, BODY]),
+        (POST + b"Content-Length: 2\r\n\r\n{}", [b"{}"]),
+        (POST + b"Content-Length: 002\r\n\r\n{}", [b"{}"]),
+        (POST + b"content-length:2\r\n\r\n{}", [b"{}"]),
+        (KNOWN.replace(b"\r\n\r\n", b"\r\nX-A: Content-Length: 3\r\n\r\n") + BODY, [BODY]),
+        (KNOWN.replace(HOST, b"X-A: b\r\n" + HOST) + BODY, [BODY]),
+    ],
+)
+def test_a_known_head_is_still_read_right(run: Any, world: Any, data: bytes, bodies: list[bytes]) -> None:
+    async def main() -> None:
+        async with world() as w:
+            for step in (0, 1, 0):
+                client = await w.client()
+                client.send(KNOWN + BODY)
+                assert (await client.answer()).status == 200
+                before = len(w.engine.calls)
+                for at in range(0, len(data), step or len(data)):
+                    client.send(data[at : at + (step or len(data))])
+                for _ in bodies:
+                    assert (await client.answer()).status == 200
+                assert [call.body for call in w.engine.calls[before:]] == bodies
 
     run(main())
 

@@ -149,6 +149,7 @@ class Exchange:
         if self._state == "running":
             self._aborting()
             self._leave()
+            self._over()
         elif self._state != "over":
             self._end()
             self._gone()
@@ -298,7 +299,6 @@ class Exchange:
             let_go()
         else:
             call.abort(let_go)
-        self._over()
 
     def _over(self) -> None:
         """For the client it is over, whatever the engine still does."""
