@@ -417,6 +417,8 @@ def test_death_before_the_head(run: Any, world: Any, said: bytes) -> None:
             assert w.desk.log.all("ended") != []
             assert (await client.ask("GET", "/health")).status == 200
 
+    run(main())
+
 
 def test_the_desk_may_have_a_lost_request_run_once_more(run: Any, world: Any) -> None:
     async def script(call: EngineCall) -> None:

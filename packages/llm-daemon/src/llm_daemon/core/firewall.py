@@ -20,34 +20,42 @@ DEPTH = 64  # of brackets in a grammar or schema
 CHOICES = 16  # answers to one request: each may take a slot
 LOGPROBS = 100
 
-_MEDIA = (b"image", b"audio", b"video", b"media", b"file")  # part of each key that can name something to fetch
+_MEDIA = (b"image", b"audio", b"video", b"media", b"file")  # part of each key or `type` that can name something to fetch
+_LABELS = ("filename", "file_name")  # an editor's word for a text, often a URI: nobody fetches it
 _DESCRIBING = ("tools", "json_schema", "response_format", "metadata")  # texts about things, never things
 _STRING = re.compile(rb'"(?:[^"\\]|\\.)*"', re.DOTALL)
-_BRACKET = re.compile(rb"[\[({\])}]")
-_REMOTE = re.compile(r"\s*(?:https?|ftps?|file)\s*:|\s*//", re.IGNORECASE)
+_BRACKET = re.compile(r"[\[({\])}]")
+# What a GBNF grammar only quotes: literals, character classes and comments.
+_QUOTED = re.compile(r'"(?:[^"\\]|\\.)*"|\[(?:[^\]\\]|\\.)*\]|#[^\n]*', re.DOTALL)
+_REMOTE = re.compile(r"\s*(?:https?|ftps?|file)\s*:|\s*(?:[a-z][a-z0-9+.-]*:)?//", re.IGNORECASE)
+_ABSENT = msgspec.Raw()
 
 
 class Suspects(msgspec.Struct, frozen=True, gc=False):
-    """The fields of a body that have hurt engines; base of what the gateway reads of a request."""
+    """The fields of a body that have hurt engines, as sent; base of what the gateway reads of a request."""
 
-    n_discard: msgspec.Raw | None = None
-    id_slot: msgspec.Raw | None = None
-    n: msgspec.Raw | None = None
-    n_cmpl: msgspec.Raw | None = None
-    n_probs: msgspec.Raw | None = None
-    top_logprobs: msgspec.Raw | None = None
-    grammar: msgspec.Raw | None = None
-    json_schema: msgspec.Raw | None = None
-    response_format: msgspec.Raw | None = None
-    tools: msgspec.Raw | None = None
+    # Raw, and never `Raw | None`: msgspec takes that for "null or nothing".
+    n_discard: msgspec.Raw = _ABSENT
+    id_slot: msgspec.Raw = _ABSENT
+    n: msgspec.Raw = _ABSENT
+    n_cmpl: msgspec.Raw = _ABSENT
+    n_probs: msgspec.Raw = _ABSENT
+    top_logprobs: msgspec.Raw = _ABSENT
+    grammar: msgspec.Raw = _ABSENT
+    json_schema: msgspec.Raw = _ABSENT
+    response_format: msgspec.Raw = _ABSENT
+    tools: msgspec.Raw = _ABSENT
+    text: msgspec.Raw = _ABSENT  # where /v1/responses has its format
+    output_format: msgspec.Raw = _ABSENT  # and /v1/messages
+    output_config: msgspec.Raw = _ABSENT
 
 
 _fields = operator.attrgetter(*Suspects.__struct_fields__)
-_NONE = (None,) * len(Suspects.__struct_fields__)
+_NONE = (_ABSENT,) * len(Suspects.__struct_fields__)
 
 
 def check(found: Suspects, body: bytes, remote_media: bool = False) -> None:
-    """Raises UsageError (`refused_parameter`) that names the field and its bound.
+    """Raises UsageError: `refused_parameter` names the field and its bound, `bad_json` is for what cannot be read.
 
     `remote_media`: whether engines may fetch what a request names by URL (server-side request forgery, CVE-2026-33626).
     """
@@ -57,32 +65,41 @@ def check(found: Suspects, body: bytes, remote_media: bool = False) -> None:
     if not remote_media and (
         b"image" in body or b"audio" in body or b"video" in body or b"media" in body or b"file" in body or b"\\u" in body
     ):
-        whole = msgspec.json.decode(body)
+        whole = _read(body)
         if isinstance(whole, dict):
             _no_fetching({key: value for key, value in whole.items() if key not in _DESCRIBING})
 
 
 def _check_fields(found: Suspects) -> None:
-    if found.n_discard is not None:  # negative ones corrupt memory (CVE-2026-21869), and context shift is not ours to steer
-        _whole("n_discard", found.n_discard, 0, 2**31 - 1)
-    if found.id_slot is not None:
-        _whole("id_slot", found.id_slot, -1, -1, "slots are given out by the gateway")
-    for name, most in (("n", CHOICES), ("n_cmpl", CHOICES), ("n_probs", LOGPROBS), ("top_logprobs", LOGPROBS)):
-        if (value := getattr(found, name)) is not None:
-            _whole(name, value, 0, most)
-    if found.grammar is not None:
-        _bounded("grammar", bytes(found.grammar), GRAMMAR_BYTES, inside=True)
-    for name in ("json_schema", "response_format", "tools"):
-        if (value := getattr(found, name)) is not None:
-            _bounded(name, bytes(value), SCHEMA_BYTES)
+    # Negative ones corrupt memory (CVE-2026-21869), and context shift is not ours to steer.
+    _whole("n_discard", found.n_discard, 0, 2**31 - 1)
+    _whole("id_slot", found.id_slot, -1, -1, "slots are given out by the gateway")
+    _whole("n", found.n, 0, CHOICES)
+    _whole("n_cmpl", found.n_cmpl, 0, CHOICES)
+    _whole("n_probs", found.n_probs, 0, LOGPROBS)
+    _whole("top_logprobs", found.top_logprobs, 0, LOGPROBS)
+    if found.grammar is not _ABSENT:
+        _sane_grammar(found.grammar)
+    for name in ("json_schema", "response_format", "tools", "text", "output_format", "output_config"):
+        if (raw := getattr(found, name)) is not _ABSENT:
+            _sane_schema(name, bytes(raw))
 
 
 def _refused(name: str, why: str, hint: str = "") -> UsageError:
     return UsageError(f"{name} {why}", code="refused_parameter", hint=hint)
 
 
+def _read(raw: bytes | msgspec.Raw) -> Any:
+    try:
+        return msgspec.json.decode(raw)
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as e:  # only skipped when `model` was looked for
+        raise UsageError(f"request body cannot be read: {e}", code="bad_json") from None
+
+
 def _whole(name: str, raw: msgspec.Raw, least: int, most: int, hint: str = "") -> None:
-    value: Any = msgspec.json.decode(raw)
+    if raw is _ABSENT:
+        return
+    value = _read(raw)
     if value is None or (value is False and name == "n_probs"):
         return
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not least <= value <= most:
@@ -90,24 +107,43 @@ def _whole(name: str, raw: msgspec.Raw, least: int, most: int, hint: str = "") -
         raise _refused(name, f"must be {wanted}, not {str(value)[:40]}", hint)
 
 
-def _bounded(name: str, raw: bytes, most: int, inside: bool = False) -> None:
-    """`inside`: brackets inside the string count, for it is a text of its own language."""
-    if len(raw) > most:
-        raise _refused(name, f"is larger than {most // 1024} KiB")
+def _sane_grammar(raw: msgspec.Raw) -> None:
+    if len(bytes(raw)) > GRAMMAR_BYTES:
+        raise _refused("grammar", f"is larger than {GRAMMAR_BYTES // 1024} KiB")
+    text = _read(raw)
+    if isinstance(text, str):
+        _shallow("grammar", _QUOTED.sub("", text))
+
+
+def _sane_schema(name: str, raw: bytes) -> None:
+    """Bounds what engines turn into a grammar; texts inside too, for a `pattern` is compiled like one."""
+    if not raw.startswith((b"{", b"[")):
+        return
+    if len(raw) > SCHEMA_BYTES:
+        raise _refused(name, f"is larger than {SCHEMA_BYTES // 1024} KiB")
+    _shallow(name, _STRING.sub(b"", raw).decode("latin-1"))
+    for text in _STRING.findall(raw):
+        _shallow(name, text.decode("latin-1"))
+
+
+def _shallow(name: str, text: str) -> None:
     depth = 0
-    for bracket in _BRACKET.findall(raw if inside else _STRING.sub(b"", raw)):
-        depth += 1 if bracket in b"[({" else -1
+    for bracket in _BRACKET.findall(text):
+        depth = depth + 1 if bracket in "[({" else max(0, depth - 1)  # what closes nothing makes no room
         if depth > DEPTH:
             raise _refused(name, f"is nested deeper than {DEPTH} levels")
 
 
-def _no_fetching(value: Any, name: str = "") -> None:
-    """Walks a body and refuses URLs where an engine would fetch them: in fields whose name, or whose parent's, is a medium's."""
-    stack: list[tuple[Any, str]] = [(value, name)]
+def _no_fetching(whole: Any) -> None:
+    """Walks a body and refuses URLs where an engine would fetch them: below a key, or in an object of a `type`, of a medium."""
+    stack: list[tuple[Any, str]] = [(whole, "")]
     while stack:
         value, name = stack.pop()
         if isinstance(value, dict):
-            stack += [(inner, str(key) if not _is_medium(name) or _is_medium(str(key)) else name) for key, inner in value.items()]
+            kind = value.get("type")
+            if isinstance(kind, str) and _is_medium(kind) and not _is_medium(name):
+                name = kind  # {"type": "image", "source": {"type": "url", "url": ...}}
+            stack += [(inner, key if _is_medium(key) or not _is_medium(name) else name) for key, inner in value.items()]
         elif isinstance(value, list):
             stack += [(inner, name) for inner in value]
         elif isinstance(value, str) and _is_medium(name) and _REMOTE.match(value):
@@ -118,4 +154,5 @@ def _no_fetching(value: Any, name: str = "") -> None:
 
 
 def _is_medium(name: str) -> bool:
-    return any(word.decode() in name.lower() for word in _MEDIA)
+    name = name.lower()
+    return name not in _LABELS and any(word.decode() in name for word in _MEDIA)

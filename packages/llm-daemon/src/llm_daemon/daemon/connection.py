@@ -44,6 +44,7 @@ class Connection(asyncio.Protocol):
         self._exchange: Exchange | None = None
         self._tunnel: Exchange | None = None  # the same, if it may switch protocols
         self._paused = self._closing = self._gone = self._advancing = False
+        self._held_back = False  # a tunnel's engine takes no more for now
         self._linger: asyncio.TimerHandle | None = None
 
     # -- called by the loop
@@ -101,7 +102,7 @@ class Connection(asyncio.Protocol):
 
     def resume_writing(self) -> None:
         self._paused = False
-        if not self._reader.is_partial:
+        if not (self._reader.is_partial or self._held_back):
             self._slow_since = 0.0
         if self._exchange is not None:
             self._exchange.resume()
@@ -113,6 +114,19 @@ class Connection(asyncio.Protocol):
     def write(self, data: bytes) -> None:
         if not self._gone:
             self.transport.write(data)
+
+    def hold_back(self, full: bool) -> None:
+        """Listens no more, or again.  Nobody sees a hang-up meanwhile, so this may take as long as a slow client may."""
+        if self._gone or self._held_back == full:
+            return
+        self._held_back = full
+        if full:
+            self._is_slow_from_here()
+            self.transport.pause_reading()
+        else:
+            if not self._paused:
+                self._slow_since = 0.0
+            self.transport.resume_reading()
 
     def reply(self, request: Request, status: int, body: bytes, headers: Iterable[bytes] = ()) -> None:
         """Writes a whole JSON answer of our own; `headers` are lines."""
@@ -134,7 +148,8 @@ class Connection(asyncio.Protocol):
         if error.status == 405:
             lines.append(b"Allow: %b\r\n" % str(error.data["allow"]).encode())
         if error.status == 401:
-            asks_person = request.path.startswith(UPSTREAM) and b"text/html" in request.headers.get(b"accept", b"")
+            is_page = self.via == "tls" or request.path.startswith(UPSTREAM)
+            asks_person = is_page and b"text/html" in request.headers.get(b"accept", b"")
             kind = b'Basic realm="llm-daemon: the token is the password"' if asks_person else b"Bearer"
             lines.append(b"WWW-Authenticate: %b\r\n" % kind)
         if error.code in FINAL:
@@ -163,8 +178,12 @@ class Connection(asyncio.Protocol):
         if not self._slow_since:
             self._gateway.slow.discard(self)
         elif now - self._slow_since >= self._gateway.patience:
-            if self._exchange is not None or self._paused:
+            if self._paused or self._held_back:
                 self.transport.abort()
+            elif self._exchange is not None:  # it waits for us, and its next request may take its time from then on
+                self._slow_since = now
+            elif self._closing:  # it was answered; _LINGER bounds the rest
+                self._slow_since = 0.0
             else:
                 self._reader.failed = True  # it may still be sending
                 error = UsageError("the request did not come in time", code="timeout", status=408)

@@ -18,7 +18,7 @@ from ..core.assemble import NOT_IN_STREAM, Assembler, ask_to_stream
 from ..core.openai import error_body
 from ..core.routes import Kind, Route as Way
 from ..errors import Bug, EngineError, LlmDaemonError, RemoteProtocolError
-from .http1 import Head, Request, chunk, request_bytes
+from .http1 import HEAD_LIMIT, Head, Request, chunk, request_bytes
 from .route import Route
 from .upstream import Call
 
@@ -83,6 +83,7 @@ class Exchange:
     _replayed = False  # taken back by the desk once: never a second time
     _keep = True  # the client can tell where the answer ends
     _tail = b""  # last piece of an event stream
+    _early = b""  # what a client sent before the engine agreed to switch protocols
     _told = False
     opened = ran = loaded_for = 0.0
     headed = first = 0.0  # perf_counter at the engine's head, and at its first piece of body
@@ -148,6 +149,7 @@ class Exchange:
         if self._state == "running":
             self._aborting()
             self._leave()
+            self._over()
         elif self._state != "over":
             self._end()
             self._gone()
@@ -159,9 +161,21 @@ class Exchange:
             self._give(error)
 
     def client_sent(self, data: bytes) -> None:
-        """Bytes behind a request that switched protocols."""
-        if self._call is not None:
-            self._call.write(data)
+        """Bytes behind a request that may switch protocols.
+
+        The engine gets them when it has: an engine that declines would take them for the next request, unseen by us.
+        """
+        if self._is_switched:
+            if self._call is not None:
+                self._call.write(data)
+        elif len(self._early) + len(data) > HEAD_LIMIT:
+            self._connection.transport.abort()
+        else:
+            self._early += data
+
+    @property
+    def _is_switched(self) -> bool:
+        return self._head is not None and self._head.status == 101
 
     def pause(self) -> None:
         if self._call is not None:
@@ -198,6 +212,9 @@ class Exchange:
             self._tail = body[-1]
         if out:
             self._write(b"".join(out))
+        if self._early and self._is_switched and self._call is not None:
+            self._call.write(self._early)
+            self._early = b""
         if last:
             self._finish()
 
@@ -216,6 +233,11 @@ class Exchange:
         self._end()
         self._ended(False)
         self._give(error)
+
+    def hold_back(self, full: bool) -> None:
+        # Of a request's body everything is here already, and a client we do not listen to cannot hang up.
+        if self._is_switched:
+            self._connection.hold_back(full)
 
     # -- the desk, for those who have a ticket; a visit has none
 
@@ -277,7 +299,6 @@ class Exchange:
             let_go()
         else:
             call.abort(let_go)
-        self._over()
 
     def _over(self) -> None:
         """For the client it is over, whatever the engine still does."""

@@ -8,6 +8,7 @@ thread.  Why not a web framework: architecture.md section 7 has the numbers, `be
 from __future__ import annotations
 
 import asyncio
+import re
 import secrets
 import socket
 import ssl
@@ -38,6 +39,7 @@ METHODS = "GET, HEAD, POST, PUT, PATCH, DELETE"
 _BACKLOG = 1024
 _EXPOSED = b"Access-Control-Expose-Headers: Retry-After, Server-Timing, X-LLM-Instance, X-LLM-Replayed, X-LLM-Ticket\r\n"
 _KEY_LIMIT = 200
+_NAMES = re.compile(rb"[\w!#$%&'*+.^`|~-]+(?:\s*,\s*[\w!#$%&'*+.^`|~-]+)*", re.ASCII)  # of headers (RFC 9110, section 5.1)
 
 
 class Desk(Protocol):
@@ -144,7 +146,7 @@ class Gateway:
 
     async def serve_remote(self, tls: socket.socket, context: ssl.SSLContext, key: str) -> None:
         """Listens for other machines too: only over TLS, and with a key of the user's own."""
-        self._remote_guard = Guard(key, lambda name: True, self._guard.origins)
+        self._remote_guard = Guard(key, lambda name: True, self._guard.origins, scheme=b"https")
         tls.setblocking(False)
         port = tls.getsockname()[1]
         self._servers["tls"] = await asyncio.get_running_loop().create_server(
@@ -239,6 +241,7 @@ class Gateway:
         if way.kind is Kind.ADMIN and request.method not in ("GET", "HEAD"):
             return _judge_post(request, way)
         upgrade = request.headers.get(b"upgrade", b"").lower() == b"websocket" and way.kind is Kind.PASSED
+        upgrade = upgrade and b"upgrade" in request.headers.get(b"connection", b"").lower()
         request.tunnel = upgrade and request.method == "GET" and request.version == "1.1"
         return None
 
@@ -320,10 +323,10 @@ class Gateway:
         lines = [*self.cors(request), b"Allow: OPTIONS, %b\r\n" % METHODS.encode()]
         if len(lines) > 1 and b"access-control-request-method" in request.headers:
             lines.append(b"Access-Control-Allow-Methods: %b\r\nAccess-Control-Max-Age: 600\r\n" % METHODS.encode())
-            lines.append(
-                b"Access-Control-Allow-Headers: authorization, content-type, x-api-key, x-llm-lane, x-llm-supersede, "
-                b"x-llm-deadline-ms, x-llm-keep-alive, anthropic-version, openai-organization, openai-project\r\n"
-            )
+            # The page is allowed, so whatever its client library wants to say is (OpenAI's sends a dozen of its own).
+            wanted = request.headers.get(b"access-control-request-headers", b"")
+            if _NAMES.fullmatch(wanted):
+                lines.append(b"Access-Control-Allow-Headers: %b\r\n" % wanted)
         return lines
 
     def _answer(self, path: str) -> dict[str, object]:
@@ -364,7 +367,7 @@ def _number(headers: dict[bytes, bytes], name: str, wanted: str) -> float | None
     if text is None:
         return None
     try:
-        value = float(text)
+        value = float(text.replace(b"_", b"?"))  # Python's own digit groups are nobody else's
     except ValueError:
         value = -1.0
     if not (isfinite(value) and 0 <= value <= 1e9):

@@ -29,7 +29,7 @@ _CACHED = 64
 class Guard:
     """`token` None means no token is asked for.  `hosts` allows host names (lower case, no port) besides loopback's own.
 
-    `origins` are the web pages besides our own that may use us (`https://app.example`, lower case).
+    `origins` are the web pages besides our own that may use us (`https://app.example`, lower case); our own have `scheme`.
     """
 
     def __init__(
@@ -37,8 +37,9 @@ class Guard:
         token: str | None,
         hosts: Callable[[str], bool] | frozenset[str] = frozenset(),
         origins: frozenset[str] = frozenset(),
+        scheme: bytes = b"http",
     ) -> None:
-        self.origins = origins
+        self.origins, self._scheme = origins, scheme
         self._token = None if token is None else token.encode()
         self._usual = b"Bearer " + (self._token or b"")
         self._allowed = hosts if callable(hosts) else hosts.__contains__
@@ -92,7 +93,11 @@ class Guard:
     def _good_origin(self, value: bytes, host: bytes, port: int) -> bool:
         """Ours is a page from the very host that was asked, or from any of loopback's names at our port."""
         scheme, _, authority = value.lower().partition(b"://")
-        if scheme == b"http" and (authority == host.lower() or authority.endswith(b":%d" % port)) and self._good_host(authority):
+        if (
+            scheme == self._scheme
+            and (authority == host.lower() or authority.endswith(b":%d" % port))
+            and self._good_host(authority)
+        ):
             return True
         return self.is_allowed_origin(value)
 

@@ -15,7 +15,7 @@ import httptools
 import msgspec
 
 from ..core.routes import Route
-from ..errors import LlmDaemonError, RemoteProtocolError, UsageError
+from ..errors import LlmDaemonError, RemoteProtocolError, Unavailable, UsageError
 
 HEAD_LIMIT = 64 * 1024
 URL_LIMIT = 8 * 1024
@@ -189,7 +189,8 @@ class RequestReader:
         if self.done:
             return
         request = self._request or Request()
-        self.failed, request.error = True, UsageError(message, code=code, status=status)
+        kind = Unavailable if status == 503 else UsageError  # the one may be asked again
+        self.failed, request.error = True, kind(message, code=code, status=status)
         self._finish(request, keep_alive=False)
 
     def _finish(self, request: Request, keep_alive: bool) -> None:
@@ -238,7 +239,9 @@ class RequestReader:
             return self._fail(431, f"request head larger than {HEAD_LIMIT} bytes")
         if not self._url.startswith(b"/"):
             return self._fail(400, "the request target must be a path")
-        if coding is not None and (coding.lower() != b"chunked" or request.version == "1.0"):
+        if coding is not None and (
+            coding.lower() != b"chunked" or request.version == "1.0" or b"transfer-encoding" in request.repeated
+        ):
             return self._fail(400, "only transfer-encoding chunked of HTTP/1.1 is understood")
         if int(headers.get(b"content-length") or 0) > self._body_limit:
             return self._fail(413, f"request body larger than {self._body_limit} bytes")

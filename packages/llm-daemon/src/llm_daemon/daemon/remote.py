@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import socket
 import ssl
+from contextlib import suppress
 
 from ..config import Settings
 from ..errors import Unavailable, UsageError
@@ -40,6 +41,9 @@ def bind(settings: Settings) -> socket.socket:
 def context(settings: Settings) -> ssl.SSLContext:
     """Raises UsageError (`bad_config`) if certificate or key cannot be used."""
     cert, private = _file(settings, "tls_cert"), _file(settings, "tls_key")
+    with suppress(OSError):  # a missing one is told below; a group may share one, as Debian's ssl-cert does
+        if os.stat(private).st_mode & 0o007:
+            raise _bad(f"tls_key {private} can be read by everybody", f"chmod 600 {private}")
     made = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     made.minimum_version = ssl.TLSVersion.TLSv1_2
     try:

@@ -35,6 +35,10 @@ class Sink(Protocol):
         """The engine cannot be reached, broke off or broke the protocol; `error` if somebody knows better why."""
         ...
 
+    def hold_back(self, full: bool) -> None:
+        """Whether more sent to the engine would only pile up here."""
+        ...
+
 
 class Call:
     """One request on its way; `abort` tells the engine at once, before it returns."""
@@ -188,6 +192,14 @@ class Link(asyncio.Protocol):
             self._pool.put(self, self._reader.reusable and self.transport.get_write_buffer_size() == 0)
         if last or body or head is not None:
             call.sink.answer(head, body, last)
+
+    def pause_writing(self) -> None:
+        if self._call is not None:
+            self._call.sink.hold_back(True)
+
+    def resume_writing(self) -> None:
+        if self._call is not None:
+            self._call.sink.hold_back(False)
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._dead = True
