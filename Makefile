@@ -19,7 +19,7 @@ endif
 help:
 	@echo 'make setup   .venv with everything pinned (all others do this by themselves)'
 	@echo 'make run     ask the starter model a question'
-	@echo 'make check   format, lint, types and the quick tests'
+	@echo 'make check   format, lint, types and the tests of each package'
 	@echo 'make test    everything that must pass, real engine included'
 	@echo 'make llama-server   build one for the tests (some minutes, once)'
 	@echo 'make soak    the tests that take minutes'
@@ -52,7 +52,7 @@ check: $(STAMP)
 	@$(BIN)/ruff format --check --quiet --output-format concise || { echo 'not formatted: make format' >&2; exit 1; }
 	@$(BIN)/ruff check --quiet
 	@$(BIN)/mypy --no-error-summary
-	@$(BIN)/pytest -m 'not slow and not real'
+	@$(BIN)/pytest -m 'not slow and not real' packages
 
 # A llama-server that was built before is tested too.
 test: $(STAMP)

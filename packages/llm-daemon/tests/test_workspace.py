@@ -22,8 +22,8 @@ SOURCE = PACKAGE / "src" / "llm_daemon"
 
 # All that the core may see of the standard library: data, types and arithmetic.  (_json: the C half of json, for a quick start.)
 PURE = frozenset(
-    "__future__ _json abc bisect collections dataclasses enum functools hashlib heapq itertools json math operator re string struct types "
-    "typing".split()
+    "__future__ _json abc bisect collections dataclasses enum functools hashlib heapq itertools json math operator re string "
+    "struct types typing".split()
 )
 CORE_PACKAGES = frozenset({"msgspec"})
 CLIENT_FORBIDDEN = frozenset({"daemon", "engines", "models", "cli", "testing"})

@@ -29,8 +29,8 @@ if TYPE_CHECKING:
 # What of a request's head an engine gets to see; what only its own web page needs is for the passed routes.
 _FORWARDED: tuple[bytes, ...] = (b"content-type", b"accept", b"user-agent")
 _PASSED = (
-    *_FORWARDED, b"accept-encoding", b"accept-language", b"cache-control", b"range", b"if-range", b"if-none-match", b"if-modified-since",
-    b"last-event-id",
+    *_FORWARDED, b"accept-encoding", b"accept-language", b"cache-control", b"range", b"if-range", b"if-none-match",
+    b"if-modified-since", b"last-event-id",
 )  # fmt: skip
 _SWITCHING = (b"sec-websocket-key", b"sec-websocket-version", b"sec-websocket-protocol", b"sec-websocket-extensions")
 
