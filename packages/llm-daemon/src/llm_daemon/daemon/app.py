@@ -176,6 +176,7 @@ class Daemon:
 
     def _leave(self) -> None:
         """Leaves, if nobody stands at the door.  No await from the look at the door to the end (docs/reference/lifecycle.md)."""
+        self.desk.tell()
         self.journal.flush()  # before the look: the disk may take its time
         doors = [s for s in (self.born.listener, self.born.tcp, self.born.http) if s.fileno() >= 0]
         if self.lender is not None and self.lender.is_lent:
