@@ -1,7 +1,7 @@
 """A fault at every point of a life, to each process of it: a client is served all the same, and nothing is left.
 
 The quick form strikes each point with each fault on the process that passes it, and a sample of the rest; the whole
-matrix is slow (`LLM_DAEMON_MATRIX_TRIALS=50` for the long run).  At the end, orders of steps that break a wrong
+matrix is slow (`MATRIX_TRIALS=50` for the long run).  At the end, orders of steps that break a wrong
 protocol, found by the exhaustive model, are driven through the real one.
 """
 
@@ -108,7 +108,7 @@ def test_a_keeper_that_never_lives_is_told() -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(0)
 def test_the_whole_matrix(capsys: pytest.CaptureFixture[str]) -> None:
-    count = int(os.environ.get("LLM_DAEMON_MATRIX_TRIALS", "2"))
+    count = int(os.environ.get("MATRIX_TRIALS", "2"))
     chosen = cells()
     began = time.monotonic()
     outs: dict[Cell, list[Outcome]] = defaultdict(list)
