@@ -63,6 +63,11 @@ def history_file() -> str:
     return os.path.join(state_dir(), "history.sqlite")
 
 
+def hangups_file() -> str:
+    """What `llm-daemon engines --measure` found, a small JSON file in the state folder."""
+    return os.path.join(state_dir(), "hang-ups.json")
+
+
 def log_dirs() -> list[str]:
     """Where logs may be, best first: the state folder, and the runtime folder when the former cannot be written."""
     return [os.path.join(state_dir(), "logs"), os.path.join(runtime_dir(), "logs")]

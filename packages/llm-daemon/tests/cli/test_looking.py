@@ -266,10 +266,10 @@ def two_engines(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("two_engines")
 def test_engines(cli: Cli) -> None:
     out = cli("engines").out
-    assert out.splitlines()[1].split() == ["here", "1.0", "MIT", "PATH"]
+    assert out.splitlines()[1].split() == ["here", "1.0", "MIT", "not", "measured", "PATH"]
     assert "absent cannot run: no such wheel\n  hint: pip install absent\n" in out
     found = {e["name"]: e for e in json.loads(cli("engines", "--json").out)["engines"]}
-    assert found["here"]["runs"] and found["absent"]["hint"] == "pip install absent"
+    assert found["here"]["runs"] and found["here"]["hang_up"] is None and found["absent"]["hint"] == "pip install absent"
 
 
 def findings(cli: Cli) -> dict[str, list[tuple[str, str]]]:

@@ -11,6 +11,7 @@ from llm_daemon.testing.conformance import EngineConformance
 
 class TestFake(EngineConformance):
     adapter = "llm_daemon.testing.fake_engine:FakeEngine"
+    natural = 1.0
 
     @pytest.fixture
     def model_path(self, fake_model: Callable[..., str]) -> str:
@@ -25,3 +26,11 @@ class TestFakeThatRefusesWhileLoading(TestFake):
     @pytest.fixture
     def model_path(self, fake_model: Callable[..., str]) -> str:
         return fake_model(tokens=3000, token_ms=2, load_seconds=0.1, while_loading="refuse", grandchild=True, silent=True)
+
+
+class TestFakeThatNoticesOnlyStreams(TestFake):
+    """As llama-server under load."""
+
+    @pytest.fixture
+    def model_path(self, fake_model: Callable[..., str]) -> str:
+        return fake_model(tokens=3000, token_ms=2, ignores_disconnect="nonstream")

@@ -24,13 +24,14 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from ..daemon import hangup
 from ..daemon.logs import RotatingLog
 from ..daemon.probe import wait_ready
 from ..daemon.process import EngineProcess, Exit, scrubbed_env
@@ -109,6 +110,8 @@ class EngineConformance:
         "ignore_eos": True,
     }
     short_request: Mapping[str, Any] = {"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 1}
+
+    natural = 3.0  # seconds that requests live whose hang-up is measured, if nobody stops them
 
     @pytest.fixture
     def model_path(self) -> str:
@@ -295,6 +298,25 @@ class EngineConformance:
                 assert time.monotonic() - began < 1.0
 
         asyncio.run(main())
+
+    @pytest.mark.parametrize("slots", [1, 2])
+    def test_hang_up_to_slot_free(self, model_path: str, slots: int, record_property: Callable[[str, object], None]) -> None:
+        """What an engine declares of hang-ups holds, alone and beside a stream; how long each took is recorded."""
+
+        async def main() -> tuple[Plan, dict[str, hangup.HangUps]]:
+            async with self.running(model_path, parallel=slots) as engine:
+                return engine.plan, await hangup.measure(engine.process.socket, engine.plan, times=2, natural=self.natural)
+
+        plan, found = asyncio.run(main())
+        for kind, ups in found.items():
+            text = f"{kind}, {slots} slot(s): {ups.ms:.0f} ms" + ("" if ups.noticed else ", not before its end")
+            record_property(f"{self.engine.name}: hang-up", text)
+            print(f"{self.engine.name}: {text}")
+        if plan.confirms_hangup:
+            clients = [hangup.STREAMING, *([hangup.ASSEMBLED] if hangup.ROUTE in plan.assembled else [])]
+            for one in [one for kind in clients for one in found[kind].each]:
+                assert one.closed is not None, "it has not closed a half-closed connection"
+                assert one.noticed, f"the slot was kept: {one}"
 
     # -- end --
 
