@@ -40,8 +40,8 @@ class Line:
         named = {name.replace("_", "-"): value for name, value in headers.items()}
         return self.http.post(path, json=body or self.body(), headers=named)
 
-    def later(self, *args: Any, **headers: str) -> Future[httpx.Response]:
-        return self.pool.submit(lambda: self.ask(*args, **headers))
+    def later(self, path: str = CHAT, body: dict[str, Any] | None = None, **headers: str) -> Future[httpx.Response]:
+        return self.pool.submit(lambda: self.ask(path, body, **headers))
 
     def tickets(self) -> list[dict[str, Any]]:
         found: list[dict[str, Any]] = self.http.get("/api/tickets").json()["tickets"]
