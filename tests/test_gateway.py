@@ -6,7 +6,11 @@ import asyncio
 import json
 import os
 import re
+import shutil
 import signal
+import socket
+import ssl
+import subprocess
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -40,8 +44,8 @@ class Line:
         named = {name.replace("_", "-"): value for name, value in headers.items()}
         return self.http.post(path, json=body or self.body(), headers=named)
 
-    def later(self, *args: Any, **headers: str) -> Future[httpx.Response]:
-        return self.pool.submit(lambda: self.ask(*args, **headers))
+    def later(self, path: str = CHAT, body: dict[str, Any] | None = None, **headers: str) -> Future[httpx.Response]:
+        return self.pool.submit(lambda: self.ask(path, body, **headers))
 
     def tickets(self) -> list[dict[str, Any]]:
         found: list[dict[str, Any]] = self.http.get("/api/tickets").json()["tickets"]
@@ -362,3 +366,34 @@ def test_the_history_of_all_this_is_kept(world: World, line: Callable[[str], Lin
     told = [row["ticket"] for row in it.http.get("/api/history").json()["tickets"]]
     assert told == [ticket]
     assert not any(b"content" in Path(file).read_bytes() for file in world.state.glob("history.sqlite*"))  # no prompt text
+
+
+@pytest.mark.skipif(shutil.which("openssl") is None, reason="no openssl here")
+def test_other_machines_come_in_by_tls_alone(
+    world: World, line: Callable[[str], Line], quick: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    command = "openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -days 2 -subj /CN=x -addext"
+    extension = ["subjectAltName=IP:127.0.0.1", "-keyout", "tls.key", "-out", "tls.crt"]
+    subprocess.run([*command.split(), *extension], cwd=tmp_path, check=True, capture_output=True, stdin=subprocess.DEVNULL)
+    (tmp_path / "token").write_text("remote-" + "x" * 30)
+    for name in ("token", "tls.key"):
+        (tmp_path / name).chmod(0o600)
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        port = sock.getsockname()[1]
+    given = {"host": "127.0.0.1", "port": port, "cert": tmp_path / "tls.crt", "key": tmp_path / "tls.key"}
+    for key, value in {**given, "token_file": tmp_path / "token"}.items():
+        monkeypatch.setenv(f"LLM_DAEMON_TLS_{key.upper()}", str(value))
+    it = line(quick)
+    with httpx.Client(
+        base_url=f"https://127.0.0.1:{port}", verify=ssl.create_default_context(cafile=tmp_path / "tls.crt")
+    ) as far:
+        for key, status in ((it.lease.api_key, 401), ("remote-" + "x" * 30, 200)):
+            answer = far.post(CHAT, json=it.body(), headers={"authorization": f"Bearer {key}"})
+            assert answer.status_code == status
+    assert answer.json()["choices"][0]["message"]["content"] == "Hello world"
+    assert it.http.get("/api/history").json()["tickets"][0]["via"] == "tls"
+    assert f"https://127.0.0.1:{port}" in (world.state / "logs" / "daemon.log").read_text()
+    (tmp_path / "token").chmod(0o644)
+    refused = world.llm_daemon("load", quick, LLM_DAEMON_RUNTIME_DIR=str(world.base / "other"))
+    assert refused.returncode == 2 and "can be read by others" in refused.stderr

@@ -128,11 +128,13 @@ class Connection(asyncio.Protocol):
                 self._slow_since = 0.0
             self.transport.resume_reading()
 
-    def reply(self, request: Request, status: int, body: bytes, headers: Iterable[bytes] = ()) -> None:
+    def reply(
+        self, request: Request, status: int, body: bytes, headers: Iterable[bytes] = (), kind: bytes = b"application/json"
+    ) -> None:
         """Writes a whole JSON answer of our own; `headers` are lines."""
         lines = [
             b"HTTP/1.1 %d %b\r\n" % (status, PHRASES.get(status, b"")),
-            b"Content-Type: application/json\r\nContent-Length: %d\r\n" % len(body),
+            b"Content-Type: %b\r\nContent-Length: %d\r\n" % (kind, len(body)),
             *headers,
         ]
         if status == 204:

@@ -354,7 +354,7 @@ class Exchange:
         if last:
             self.status = status
             headers = [self._own_headers(), *self._gateway.cors(self.request)]
-            self._connection.reply(self.request, status, whole, headers)
+            self._connection.reply(self.request, status, whole, headers, kind=b"application/json; charset=utf-8")
             self.sent += len(whole)
             self._finish()
         return True
