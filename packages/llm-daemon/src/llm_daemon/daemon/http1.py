@@ -246,6 +246,7 @@ class RequestReader:
         if int(headers.get(b"content-length") or 0) > self._body_limit:
             return self._fail(413, f"request body larger than {self._body_limit} bytes")
         request.error = self._judge(request)
+        request.tunnel = request.tunnel and self._upgrade  # `Upgrade` alone, without `Connection`, offers nothing
         if headers.get(b"expect", b"").lower() == b"100-continue" and request.version == "1.1":
             if request.error is None:
                 self.expecting = True
@@ -410,6 +411,9 @@ class ResponseReader:
         if self._complete:
             return
         status = self._parser.get_status_code()
+        if not 100 <= status <= 599:
+            self._broken = f"status {status}"
+            return
         self._switched = status == 101 and self._may_switch
         if status < 200 and not self._switched:
             self._interim, self._reason = True, b""

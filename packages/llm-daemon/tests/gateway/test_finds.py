@@ -1,0 +1,240 @@
+"""What reading and fuzzing found: one test for each."""
+
+from __future__ import annotations
+
+import asyncio
+from time import perf_counter
+from typing import Any
+
+import pytest
+
+from llm_daemon.core import firewall
+from llm_daemon.core.openai import read_wanted
+from llm_daemon.daemon.gateway import Ask, Turn
+from llm_daemon.daemon.http1 import ResponseReader
+from llm_daemon.errors import RemoteProtocolError, UsageError
+
+from .fakes import BODY, CHAT, Client, EngineCall, World, until_gone
+
+SWITCH = {"connection": "Upgrade", "upgrade": "websocket", "sec_websocket_key": "x"}
+
+
+def test_a_burst_of_tiny_requests_does_not_hold_up_the_loop(run: Any, world: Any) -> None:
+    """One read brings fourteen thousand of them; trimming the queue one by one took seconds."""
+
+    async def main() -> None:
+        async with world() as w:
+            w.desk.hold()
+            client = await w.client()
+            client.request()
+            await w.desk.log.until("open")
+            (connection,) = w.gateway.connections
+            began = perf_counter()
+            connection.data_received(b"GET / HTTP/1.1\r\n\r\n" * 14_000)
+            assert perf_counter() - began < 1.5
+            client.reset()
+            await w.desk.log.until("cancel")
+
+    run(main())
+
+
+def test_a_request_cut_off_behind_too_many_gives_its_room_back(run: Any, world: Any) -> None:
+    async def main() -> None:
+        async with world(pipeline=2, patience=1000.0) as w:
+            w.desk.hold()
+            client = await w.client()
+            client.request()
+            ask = await w.desk.log.until("open")
+            (connection,) = w.gateway.connections
+            connection.data_received(client.raw("GET", "/health", None) * 4 + client.raw("POST", CHAT, BODY)[:-5])
+            assert w.gateway.held == len(BODY), "of the first"
+            assert not connection._slow_since, "nothing is awaited from this client"
+            w.desk.turns[ask.ticket].run(w.desk.route)
+            assert (await client.answer()).status == 200
+
+    run(main())
+
+
+def test_a_late_client_is_told_once(run: Any, world: Any) -> None:
+    """It may stay for a moment after that: the next look at it must not write behind the end."""
+
+    async def main() -> None:
+        async with world(patience=0.02) as w:
+            late, other = await w.client(), await w.client()
+            late.send(b"POST")
+            assert (await late.answer()).status == 408
+            assert await late.closed()
+            other.send(b"POST")
+            assert (await other.answer()).status == 408
+
+    run(main())
+
+
+async def switching(call: EngineCall) -> None:
+    """Switches protocols, then sends back what comes."""
+    await call.send(b"HTTP/1.1 101 Switching Protocols\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n\r\n")
+    while data := await call.reader.read(65536):
+        await call.send(data)
+
+
+@pytest.mark.parametrize("when", ["in the same packet", "before the engine is called", "after the answer"])
+def test_bytes_behind_a_switching_request_wait_for_the_switch(run: Any, world: Any, when: str) -> None:
+    async def main() -> None:
+        async with world() as w:
+            w.desk.hold()
+            w.engine.script = switching
+            client = await w.client()
+            head = client.raw("GET", "/upstream/m/ws", None, **SWITCH)
+            client.send(head + b"early " if when == "in the same packet" else head)
+            ask = await w.desk.log.until("open")
+            if when == "before the engine is called":
+                (connection,) = w.gateway.connections
+                connection.data_received(b"early ")
+            w.desk.turns[ask.ticket].run(w.desk.route)
+            assert (await client.head()).status == 101
+            client.send(b"early late" if when == "after the answer" else b"late")
+            assert await client.reader.readexactly(10) == b"early late"
+            await client.close()
+            await w.desk.log.until("ended")
+
+    run(main())
+
+
+@pytest.mark.parametrize("early", [True, False])
+def test_an_engine_that_does_not_switch_never_sees_bytes_behind_the_request(run: Any, world: Any, early: bool) -> None:
+    """They would be a request of the client's own making, past guard and firewall."""
+    answering = asyncio.Event()
+
+    async def script(call: EngineCall) -> None:
+        await answering.wait()
+        await call.answer(b"no")
+
+    async def main() -> None:
+        async with world() as w:
+            assert (await (await w.client()).ask()).status == 200  # leaves a connection that is used at once
+            w.engine.script = script
+            client = await w.client()
+            smuggled = b"POST /slots/0?action=erase HTTP/1.1\r\nContent-Length: 0\r\n\r\n"
+            client.send(client.raw("GET", "/upstream/m/ws", None, **SWITCH) + (smuggled if early else b""))
+            await w.engine.log.until("request", 2)
+            if not early:
+                (connection,) = [c for c in w.gateway.connections if c._tunnel]
+                connection.data_received(smuggled)
+            answering.set()
+            assert (await client.answer()).body == b"no"
+            assert await client.closed()
+            await w.engine.log.until("gone")
+            assert len(w.engine.calls) == 2
+
+    run(main())
+
+
+def test_an_upgrade_that_its_connection_header_does_not_name_is_none(run: Any, world: Any) -> None:
+    """RFC 9110, section 7.8."""
+
+    async def main() -> None:
+        async with world() as w:
+            client = await w.client()
+            assert (await client.ask("GET", "/upstream/m/ws", None, upgrade="websocket")).status == 200
+            assert (await client.ask("GET", "/health", None)).status == 200
+            assert "upgrade" not in w.engine.calls[0].headers
+
+    run(main())
+
+
+def test_a_tunnel_whose_engine_takes_nothing_has_bounded_memory(run: Any, world: Any) -> None:
+    stuck = asyncio.Event()
+
+    async def script(call: EngineCall) -> None:
+        call.writer.transport.pause_reading()  # type: ignore[attr-defined]
+        await call.send(b"HTTP/1.1 101 Switching Protocols\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n\r\n")
+        await stuck.wait()
+        call.writer.transport.resume_reading()  # type: ignore[attr-defined]
+        while data := await call.reader.read(65536):
+            call.sent += len(data)
+        got.append(call.sent)
+
+    async def main() -> None:
+        async with world() as w:
+            w.engine.script = script
+            client = await w.client()
+            client.send(client.raw("GET", "/upstream/m/ws", None, **SWITCH))
+            assert (await client.head()).status == 101
+            total = 32 * 1024 * 1024
+            (connection,) = w.gateway.connections
+            (call,) = w.gateway.pool.calls
+            client.send(bytes(total))
+            while connection.transport.is_reading() and call._link.transport.get_write_buffer_size() < total:  # noqa: ASYNC110
+                await asyncio.sleep(0.001)
+            assert call._link.transport.get_write_buffer_size() < 4 * 1024 * 1024
+            stuck.set()
+            await client.writer.drain()
+            client.writer.write_eof()
+            await w.desk.log.until("ended")
+            await w.engine.log.until("gone")
+        assert len(got) == 1
+
+    got: list[int] = []
+    run(main())
+
+
+def test_an_aborted_ticket_is_told_why(run: Any, world: Any) -> None:
+    async def main() -> None:
+        async with world() as w:
+            seen: list[tuple[str, int]] = []
+            w.desk.over = lambda exchange: seen.append((exchange.code, exchange.status))
+            w.engine.script = until_gone
+            client = await w.client()
+            client.request()
+            await w.engine.log.until("request")
+            w.desk.abort(w.desk.log.all("open")[0].ticket, UsageError("a newer one came", code="superseded", status=409))
+            assert (await client.answer()).status == 409
+            await w.desk.log.until("ended")
+            assert seen == [("superseded", 409)]
+
+    run(main())
+
+
+def test_cutting_an_engine_off_while_one_of_its_tickets_aborts_another(run: Any, world: Any) -> None:
+    """The client of the first has one more request waiting, which supersedes the second."""
+
+    async def ask(w: World) -> Client:
+        client = await w.client()
+        client.request()
+        await w.engine.log.until("request", len(w.desk.turns) + 1)
+        return client
+
+    async def main() -> None:
+        async with world() as w:
+            w.engine.script = until_gone
+            clients = [await ask(w), await ask(w)]
+            for client in clients:
+                client.request()  # the one that supersedes
+            while sum(len(c._waiting) for c in w.gateway.connections) < 2:  # noqa: ASYNC110
+                await asyncio.sleep(0)
+            running = [ask.ticket for ask in w.desk.log.all("open")]
+
+            def opened(ask: Ask, turn: Turn) -> None:
+                for ticket in running:
+                    if ticket in w.desk.open_tickets:
+                        w.desk.abort(ticket, UsageError("a newer one came", code="superseded", status=409))
+                w.desk.refuse(ask.ticket, UsageError("enough"))
+
+            w.desk.when_opened = opened
+            w.gateway.pool.cut(w.engine.path)
+            assert sorted([(await c.answer()).status for c in clients]) == [409, 502]
+
+    run(main())
+
+
+@pytest.mark.parametrize("status", [b"000", b"099", b"600", b"999"])
+def test_a_status_that_is_none_is_refused(status: bytes) -> None:
+    """Below 100 the parser waits for a body: it came to the client without a head."""
+    with pytest.raises(RemoteProtocolError):
+        ResponseReader().feed(b"HTTP/1.1 %b X\r\n\r\nHTTP/1.1 200 OK\r\nContent-Length: 1\r\n\r\na" % status)
+
+
+@pytest.mark.parametrize("body", [b'{"image":"\xff"}', b'{"a":"\\u0041\xff"}', b'{"image":1e999}'])
+def test_a_body_that_the_firewall_cannot_read_is_the_clients_fault(body: bytes) -> None:
+    with pytest.raises(UsageError):
+        firewall.check(read_wanted(body), body)
