@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import subprocess
+import sys
 from time import perf_counter
 from typing import Any
 
@@ -238,3 +240,23 @@ def test_a_status_that_is_none_is_refused(status: bytes) -> None:
 def test_a_body_that_the_firewall_cannot_read_is_the_clients_fault(body: bytes) -> None:
     with pytest.raises(UsageError):
         firewall.check(read_wanted(body), body)
+
+
+def test_a_switch_that_the_headers_do_not_tell_is_refused() -> None:
+    reader = ResponseReader()
+    reader.reset(may_switch=True)
+    with pytest.raises(RemoteProtocolError):
+        reader.feed(b"HTTP/1.1 101 Switching Protocols\r\nUpgrade: websocket\r\n\r\nframes")
+
+
+def test_a_control_message_that_is_not_json_needs_no_json_module() -> None:
+    """CPython's scanner sets no exception when json.decoder, which has its class, was never imported."""
+    code = (
+        "import sys; from llm_daemon.core.control import Decoder; from llm_daemon.errors import RemoteProtocolError\n"
+        "assert 'json.decoder' not in sys.modules\n"
+        "try: Decoder().feed(b'{\"op\":1,}\\n')\n"
+        "except RemoteProtocolError: pass\n"
+        "else: sys.exit('taken')"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

@@ -382,6 +382,8 @@ class ResponseReader:
             elif not self._complete:  # what follows a complete answer only costs the connection
                 raise RemoteProtocolError(f"malformed HTTP answer: {e}") from None
             self.reusable = False
+        if self._switched and self._complete:
+            self._broken = "it switched protocols and did not say so in its headers"
         if self._broken:
             raise RemoteProtocolError(self._broken)
         if self._unfruitful > HEAD_LIMIT:
