@@ -105,8 +105,9 @@ TOKENS = [
     b"\r\n", b"\n", b"\r", b"\0", b" ", b"\t", b":", b",", b"\r\n\r\n", b"\r\n ", b"0\r\n\r\n", b"Transfer-Encoding: chunked\r\n",
     b"Content-Length: 5\r\n", b"Content-Length: 99999999999999999999\r\n", b"Connection: close\r\n", b"Connection: Upgrade\r\n",
     b"Upgrade: websocket\r\n", b"Host: evil\r\n", b"Expect: 100-continue\r\n", b"HTTP/1.1", b"HTTP/1.0", b"HTTP/2.0", b"PRI * ",
-    b"CONNECT ", b"ffffffffffffffff", b"7fffffff\r\n", b"-1", b"1e999", b"\xff", b"\xc3\xa4", b'"', b"\\u0000", b"\\ud800", b"[" * 70,
-    b"{" * 1200, b"null", b"true", b"image", b"data: ", b"event: error\n", b"id", b"9" * 25, b"x" * 9000, b"--x", b'name="model"',
+    b"CONNECT ", b"ffffffffffffffff", b"7fffffff\r\n", b"-1", b"1e999", b"\xff", b"\xc3\xa4", b'"', b"\\u0000", b"\\ud800",
+    b"[" * 70, b"{" * 1200, b"null", b"true", b"image", b"data: ", b"event: error\n", b"id", b"9" * 25, b"x" * 9000,
+    b"--x", b'name="model"',
 ]  # fmt: skip
 
 

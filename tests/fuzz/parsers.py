@@ -24,7 +24,7 @@ from llm_daemon.errors import RemoteProtocolError, UsageError
 
 from . import corpus
 
-SMALL = 16 * 1024  # bytes below which no limit depends on how the bytes arrived
+SMALL = 8 * 1024  # bytes below which no limit (the least is that of a URL) depends on how the bytes arrived
 ROUTES = ["/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/messages", "/completion"]
 ASKED = [b"{}", b'{"stop":["a"]}', b'{"n_probs":2}', b'{"max_output_tokens":2,"stop_sequences":["a"],"response_fields":["a/b"]}']
 
