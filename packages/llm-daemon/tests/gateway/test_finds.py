@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import subprocess
 import sys
+from pathlib import Path
 from time import perf_counter
 from typing import Any
 
@@ -12,7 +13,7 @@ import pytest
 
 from llm_daemon.core import firewall
 from llm_daemon.core.openai import read_wanted
-from llm_daemon.daemon.gateway import Ask, Turn
+from llm_daemon.daemon.gateway import Ask, Route, Turn
 from llm_daemon.daemon.http1 import ResponseReader
 from llm_daemon.errors import RemoteProtocolError, UsageError
 
@@ -260,3 +261,28 @@ def test_a_control_message_that_is_not_json_needs_no_json_module() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def test_an_engine_that_has_said_all_before_it_was_told_all(run: Any, world: Any, tmp_path: Path) -> None:
+    """It takes no more of a large request: with bytes unsent, the loop would wait for ever to close the connection."""
+
+    async def refuse(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(b"HTTP/1.1 413 Too Large\r\nConnection: close\r\n\r\ntoo large")
+        writer.write_eof()
+        await done.wait()
+        writer.transport.abort()
+
+    done = asyncio.Event()
+
+    async def main() -> None:
+        path = str(tmp_path / "r.sock")
+        server = await asyncio.start_unix_server(refuse, path)
+        async with world() as w:
+            w.desk.route = Route("m#1", path)
+            answer = await (await w.client()).ask(body=b'{"prompt":"%b"}' % (b"x" * 8_000_000))
+            assert (answer.status, answer.body) == (413, b"too large")
+            done.set()
+        server.close()
+
+    run(main())

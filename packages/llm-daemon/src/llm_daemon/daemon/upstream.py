@@ -193,6 +193,10 @@ class Link(asyncio.Protocol):
         if last or body or head is not None:
             call.sink.answer(head, body, last)
 
+    def eof_received(self) -> None:
+        if self.transport.get_write_buffer_size():  # the loop would close it only when the engine has taken that
+            self.transport.abort()
+
     def pause_writing(self) -> None:
         if self._call is not None:
             self._call.sink.hold_back(True)
