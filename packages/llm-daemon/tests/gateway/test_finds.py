@@ -243,6 +243,12 @@ def test_a_body_that_the_firewall_cannot_read_is_the_clients_fault(body: bytes) 
         firewall.check(read_wanted(body), body)
 
 
+@pytest.mark.parametrize("head", [b"HTTP/1.0 120 X\r\n", b"HTTP/1.1 150 X\r\nContent-Length: 4\r\n"])
+def test_an_interim_answer_with_a_body_is_refused(head: bytes) -> None:
+    with pytest.raises(RemoteProtocolError):
+        ResponseReader().feed(head + b"\r\nbody")
+
+
 def test_a_switch_that_the_headers_do_not_tell_is_refused() -> None:
     reader = ResponseReader()
     reader.reset(may_switch=True)
@@ -284,5 +290,23 @@ def test_an_engine_that_has_said_all_before_it_was_told_all(run: Any, world: Any
             assert (answer.status, answer.body) == (413, b"too large")
             done.set()
         server.close()
+
+    run(main())
+
+
+def test_a_last_answer_to_a_client_that_reads_again(run: Any, world: Any) -> None:
+    """The standard loop reports the end of a connection twice if it is closed while it tells that there is room again."""
+
+    async def main() -> None:
+        async with world() as w:
+            models = w.desk.models() * 100_000
+            w.desk.models = lambda: models
+            client = await w.client()
+            client.send(client.raw("GET", "/v1/models", None) + client.raw("GET", "/health", None, connection="close"))
+            while not any(connection._paused for connection in w.gateway.connections):  # noqa: ASYNC110
+                await asyncio.sleep(0)
+            assert len((await client.answer()).body) > 1_000_000
+            assert (await client.answer()).json == {"status": "ok"}
+            assert await client.closed()
 
     run(main())

@@ -103,8 +103,8 @@ class Connection(asyncio.Protocol):
             self._slow_since = 0.0
         if self._exchange is not None:
             self._exchange.resume()
-        elif not self._advancing:
-            self._advance()
+        else:  # not in here: the standard loop reports the end of a transport that is closed in here twice
+            asyncio.get_running_loop().call_soon(self._advance)
 
     # -- called by the gateway and by exchanges
 

@@ -450,7 +450,9 @@ class ResponseReader:
 
     def on_body(self, piece: bytes) -> None:
         self._unfruitful = 0
-        if not self._complete:
+        if self._interim:  # llhttp knows which of them have no body, up to 103
+            self._broken = "an interim answer with a body"
+        elif not self._complete:
             self._body.append(piece)
 
     def on_message_complete(self) -> None:
