@@ -132,8 +132,8 @@ def fuzz_covered(seconds: float, folder: Path) -> subprocess.Popen[bytes] | None
     cover.seed(seeds)
     argv = [sys.executable, "-m", "tests.fuzz.cover", f"-max_total_time={int(seconds)}", "-print_final_stats=1", "-max_len=4096"]
     argv += ["-timeout=10", "-rss_limit_mb=1024", f"-artifact_prefix={folder}/cover-", str(seeds)]
-    log = (folder / "cover.log").open("wb")
-    return subprocess.Popen(argv, cwd=ROOT, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
+    with (folder / "cover.log").open("wb") as log:
+        return subprocess.Popen(argv, cwd=ROOT, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
 
 
 def covered(process: subprocess.Popen[bytes], folder: Path) -> dict[str, Any]:
@@ -187,10 +187,15 @@ def main() -> int:
     print(f"seed {seed}", flush=True)
     beside = fuzz_covered(given.seconds, given.out) if given.seconds >= 20 else None
     rng, share = Random(seed), given.seconds / 3
-    rows = [fuzz_parsers(rng, share, given.out).row()]
-    rows += [fuzz_front(loop, rng, 2 * share / len(LOOPS), given.out).row() for loop in LOOPS]
-    if beside is not None:
-        rows.append(covered(beside, given.out))
+    try:
+        rows = [fuzz_parsers(rng, share, given.out).row()]
+        rows += [fuzz_front(loop, rng, 2 * share / len(LOOPS), given.out).row() for loop in LOOPS]
+        if beside is not None:
+            rows.append(covered(beside, given.out))
+    finally:
+        if beside is not None:
+            beside.kill()
+            beside.wait()
     for row in rows:
         print("  ".join(f"{name} {value}" for name, value in row.items()))
     if given.json:
