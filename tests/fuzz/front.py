@@ -20,9 +20,10 @@ import msgspec
 
 from llm_daemon.core.assemble import _KINDS
 from llm_daemon.daemon.connection import Connection
-from llm_daemon.daemon.exchange import Ask, Exchange, Route, Turn
+from llm_daemon.daemon.exchange import Ask, Exchange, Turn
 from llm_daemon.daemon.gateway import Gateway
 from llm_daemon.daemon.http1 import Request
+from llm_daemon.daemon.route import Route
 from llm_daemon.daemon.upstream import Pool
 from llm_daemon.errors import LlmDaemonError, Unavailable, UsageError
 

@@ -19,7 +19,7 @@ from llm_daemon.core import control, firewall
 from llm_daemon.core.assemble import Assembler, ask_to_stream
 from llm_daemon.core.openai import read_form, read_wanted
 from llm_daemon.core.sse import Event, Splitter
-from llm_daemon.daemon.http1 import Head, Request, RequestReader, ResponseReader
+from llm_daemon.daemon.http1 import Answers, Head, Heads, Request, RequestReader, ResponseReader
 from llm_daemon.errors import RemoteProtocolError, UsageError
 
 from . import corpus
@@ -36,11 +36,13 @@ def pieces(data: bytes) -> list[bytes]:
 def requests(data: bytes) -> None:
     """RequestReader: any cut gives the same, and h11 agrees on whatever it accepts."""
 
-    def read(parts: list[bytes]) -> list[Request]:
-        reader = RequestReader(_judge, body_limit=10_000)
+    def read(parts: list[bytes], heads: Heads | None = None) -> list[Request]:
+        reader = RequestReader(_judge, body_limit=10_000, heads=heads)
         return [request for part in parts for request in reader.feed(part)]
 
     whole = read([data])
+    known = [_shown(r) for r in read([data], _HEADS)]
+    assert known == [_shown(r) for r in whole], "a head that was read before makes a difference"
     for request in whole:
         message = request.error.message if request.error else ""
         assert "allback" not in message, f"a callback raised: {message}"
@@ -50,12 +52,16 @@ def requests(data: bytes) -> None:
     _compare(data, [r for r in whole if r.error is None])
 
 
+_HEADS, _ANSWERS = Heads(), Answers()  # shared by all runs, as they are by all connections
+
+
 def _judge(request: Request) -> None:
     request.tunnel = request.headers.get(b"upgrade", b"").lower() == b"websocket" and request.method == "GET"
 
 
 def _shown(r: Request) -> tuple[Any, ...]:
-    what = r.error.status if r.error else (r.path, r.query, r.body, r.headers)
+    headers = {name: value for name, value in r.headers.items() if name != b"content-length"}  # nobody reads that any more
+    what = r.error.status if r.error else (r.path, r.query, r.body, headers)
     return (r.method, r.keep_alive, r.tunnel, what)
 
 
@@ -86,8 +92,8 @@ def _compare(data: bytes, accepted: list[Request]) -> None:
 def answers(data: bytes) -> None:
     """ResponseReader: any cut gives the same, and h11 agrees on status and body."""
 
-    def read(parts: list[bytes]) -> tuple[Head | None, bytes, bool, bool]:
-        reader, head, body = ResponseReader(), None, b""
+    def read(parts: list[bytes], known: Answers | None = None) -> tuple[Any, bytes, bool, bool]:
+        reader, head, body = ResponseReader(known), None, b""
         reader.reset(may_switch)
         for part in parts:
             new, more, last = reader.feed(part)
@@ -102,10 +108,12 @@ def answers(data: bytes) -> None:
 
     may_switch = data.endswith(b"frames")
     try:
-        head, body, last, _ = read([data])
+        head, body, last, reusable = read([data])
     except RemoteProtocolError as e:
         assert "allback" not in e.message, f"a callback raised: {e.message}"
         return
+    known = read([data], _ANSWERS)
+    assert (_same(head), body, last, reusable) == (_same(known[0]), *known[1:]), "a head that was read before makes a difference"
     try:
         assert (head, body, last) == read(pieces(data))[:3], "the cut makes a difference"
     except RemoteProtocolError as e:
@@ -125,6 +133,10 @@ def answers(data: bytes) -> None:
         while isinstance(event := client.next_event(), h11.Data):
             theirs += event.data
         assert isinstance(event, h11.EndOfMessage) and theirs == body
+
+
+def _same(head: Head | None) -> Any:
+    return head and (head.status, head.reason, b"".join(head.lines), head.length, head.chunked, head.content_type)
 
 
 def form(data: bytes) -> None:
