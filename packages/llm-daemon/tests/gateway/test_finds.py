@@ -14,7 +14,7 @@ import pytest
 from llm_daemon.core import firewall
 from llm_daemon.core.openai import read_wanted
 from llm_daemon.daemon.gateway import Ask, Route, Turn
-from llm_daemon.daemon.http1 import ResponseReader
+from llm_daemon.daemon.http1 import Answers, ResponseReader
 from llm_daemon.errors import RemoteProtocolError, UsageError
 
 from .fakes import BODY, CHAT, Client, EngineCall, World, until_gone
@@ -241,6 +241,13 @@ def test_a_status_that_is_none_is_refused(status: bytes) -> None:
 def test_a_body_that_the_firewall_cannot_read_is_the_clients_fault(body: bytes) -> None:
     with pytest.raises(UsageError):
         firewall.check(read_wanted(body), body)
+
+
+def test_an_empty_answer_has_no_piece() -> None:
+    """Also when its head was read before: an empty piece is counted as the first one."""
+    answers = Answers()
+    for _ in range(2):
+        assert ResponseReader(answers).feed(b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n")[1:] == ([], True)
 
 
 @pytest.mark.parametrize("head", [b"HTTP/1.0 120 X\r\n", b"HTTP/1.1 150 X\r\nContent-Length: 4\r\n"])

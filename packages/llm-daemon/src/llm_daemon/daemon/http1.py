@@ -371,7 +371,7 @@ class ResponseReader:
         if answers is not None and begins and (found := answers.find(data)) is not None:
             self.head, at = found
             self._complete = self.reusable = True
-            return self.head, [data[at:]], True
+            return self.head, [data[at:]] if at < len(data) else [], True
         self._unfruitful += len(data)
         try:
             self._parser.feed_data(data)
