@@ -17,9 +17,7 @@ from llm_daemon.daemon.gateway import Ask, Route, Turn
 from llm_daemon.daemon.http1 import Answers, ResponseReader
 from llm_daemon.errors import RemoteProtocolError, UsageError
 
-from .fakes import BODY, CHAT, Client, EngineCall, World, until_gone
-
-SWITCH = {"connection": "Upgrade", "upgrade": "websocket", "sec_websocket_key": "x"}
+from .fakes import BODY, CHAT, Client, World, until_gone
 
 
 def test_a_burst_of_tiny_requests_does_not_hold_up_the_loop(run: Any, world: Any) -> None:
@@ -73,111 +71,16 @@ def test_a_late_client_is_told_once(run: Any, world: Any) -> None:
     run(main())
 
 
-async def switching(call: EngineCall) -> None:
-    """Switches protocols, then sends back what comes."""
-    await call.send(b"HTTP/1.1 101 Switching Protocols\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n\r\n")
-    while data := await call.reader.read(65536):
-        await call.send(data)
-
-
-@pytest.mark.parametrize("when", ["in the same packet", "before the engine is called", "after the answer"])
-def test_bytes_behind_a_switching_request_wait_for_the_switch(run: Any, world: Any, when: str) -> None:
-    async def main() -> None:
-        async with world() as w:
-            w.desk.hold()
-            w.engine.script = switching
-            client = await w.client()
-            head = client.raw("GET", "/upstream/m/ws", None, **SWITCH)
-            client.send(head + b"early " if when == "in the same packet" else head)
-            ask = await w.desk.log.until("open")
-            if when == "before the engine is called":
-                (connection,) = w.gateway.connections
-                connection.data_received(b"early ")
-            w.desk.turns[ask.ticket].run(w.desk.route)
-            assert (await client.head()).status == 101
-            client.send(b"early late" if when == "after the answer" else b"late")
-            assert await client.reader.readexactly(10) == b"early late"
-            await client.close()
-            await w.desk.log.until("ended")
-
-    run(main())
-
-
-@pytest.mark.parametrize("early", [True, False])
-def test_an_engine_that_does_not_switch_never_sees_bytes_behind_the_request(run: Any, world: Any, early: bool) -> None:
-    """They would be a request of the client's own making, past guard and firewall."""
-    answering = asyncio.Event()
-
-    async def script(call: EngineCall) -> None:
-        await answering.wait()
-        await call.answer(b"no")
-
-    async def main() -> None:
-        async with world() as w:
-            assert (await (await w.client()).ask()).status == 200  # leaves a connection that is used at once
-            w.engine.script = script
-            client = await w.client()
-            smuggled = b"POST /slots/0?action=erase HTTP/1.1\r\nContent-Length: 0\r\n\r\n"
-            client.send(client.raw("GET", "/upstream/m/ws", None, **SWITCH) + (smuggled if early else b""))
-            await w.engine.log.until("request", 2)
-            if not early:
-                (connection,) = [c for c in w.gateway.connections if c._tunnel]
-                connection.data_received(smuggled)
-            answering.set()
-            assert (await client.answer()).body == b"no"
-            assert await client.closed()
-            await w.engine.log.until("gone")
-            assert len(w.engine.calls) == 2
-
-    run(main())
-
-
 def test_an_upgrade_that_its_connection_header_does_not_name_is_none(run: Any, world: Any) -> None:
     """RFC 9110, section 7.8."""
 
     async def main() -> None:
         async with world() as w:
             client = await w.client()
-            assert (await client.ask("GET", "/upstream/m/ws", None, upgrade="websocket")).status == 200
+            assert (await client.ask("GET", "/upstream/m/ws", None, connection="x-upgrade", upgrade="websocket")).status == 200
             assert (await client.ask("GET", "/health", None)).status == 200
             assert "upgrade" not in w.engine.calls[0].headers
 
-    run(main())
-
-
-def test_a_tunnel_whose_engine_takes_nothing_has_bounded_memory(run: Any, world: Any) -> None:
-    stuck = asyncio.Event()
-
-    async def script(call: EngineCall) -> None:
-        call.writer.transport.pause_reading()  # type: ignore[attr-defined]
-        await call.send(b"HTTP/1.1 101 Switching Protocols\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n\r\n")
-        await stuck.wait()
-        call.writer.transport.resume_reading()  # type: ignore[attr-defined]
-        while data := await call.reader.read(65536):
-            call.sent += len(data)
-        got.append(call.sent)
-
-    async def main() -> None:
-        async with world() as w:
-            w.engine.script = script
-            client = await w.client()
-            client.send(client.raw("GET", "/upstream/m/ws", None, **SWITCH))
-            assert (await client.head()).status == 101
-            total = 32 * 1024 * 1024
-            (connection,) = w.gateway.connections
-            (call,) = w.gateway.pool.calls
-            client.send(bytes(total))
-            while connection.transport.is_reading() and call._link.transport.get_write_buffer_size() < total:  # noqa: ASYNC110
-                await asyncio.sleep(0.001)
-            assert call._link.transport.get_write_buffer_size() < 4 * 1024 * 1024
-            stuck.set()
-            await client.writer.drain()
-            client.writer.write_eof()
-            await w.desk.log.until("ended")
-            await w.engine.log.until("gone")
-        assert len(got) == 1
-
-    got: list[int] = []
     run(main())
 
 
