@@ -564,3 +564,27 @@ def test_other_answers_cut_anywhere_come_back(data: st.DataObject, first: str, s
     blocks += [grow(1, "input_json_delta", partial_json=p) for p in pieces(arguments)]
     _, got = answer(MESSAGES, *message(*blocks))
     assert [block.get("text", block.get("input")) for block in got["content"]] == [first, {"x": second}]
+
+
+@pytest.mark.parametrize(
+    "path, event",
+    [
+        ("/v1/chat/completions", '{"choices":[{"delta":{"annotations":["%d"]}}]}'),
+        ("/v1/chat/completions", '{"choices":[{"delta":{"new-%d":{}}}]}'),
+        ("/v1/chat/completions", '{"choices":[{"new-%d":1}]}'),
+        ("/v1/chat/completions", '{"choices":[],"new-%d":1}'),
+        ("/v1/chat/completions", '{"choices":[{"delta":{"tool_calls":[{"index":0,"new-%d":1}]}}]}'),
+        ("/v1/completions", '{"choices":[{"new-%d":1}]}'),
+        ("/v1/messages", '{"type":"message_delta","delta":{"new-%d":1}}'),
+        ("/v1/messages", '{"type":"content_block_start","index":0,"content_block":{"type":"text","id":"%d"}}'),
+        ("/completion", '{"index":0,"completion_probabilities":[%d]}'),
+        ("/completion", '{"index":%d}'),
+    ],
+)
+def test_whatever_grows_is_bounded(path: str, event: str) -> None:
+    asked = ask_to_stream(path, b"{}")
+    assert asked is not None
+    assembler = type(asked[1])(asked[1]._asked, limit=20_000)
+    with pytest.raises(RemoteProtocolError, match="too large"):
+        for n in range(2000):
+            assembler.feed(b"data: %b\n\n" % (event % n).encode())

@@ -164,6 +164,7 @@ class Messages(Assembler):
             case "message_delta":
                 usage = {**self._message.get("usage", {}), **data.get("usage", {})}
                 self._message |= {**data["delta"], "usage": usage}
+                return size
             case "message_stop":
                 self._done = True
         return 0

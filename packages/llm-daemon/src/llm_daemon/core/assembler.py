@@ -137,16 +137,23 @@ class Part:
         return len(text) + PIECE
 
     def merge(self, delta: Json) -> int:
-        """Adds a delta, whatever its fields; returns about how many bytes its texts take."""
+        """Adds a delta, whatever its fields; returns about how many bytes are new."""
         size = 0
         for name, value in delta.items():
             if isinstance(value, str):
                 size += self.say(name, value)
             elif isinstance(value, list):
                 self.fields.setdefault(name, []).extend(value)
+                size += len(msgspec.json.encode(value)) + PIECE
             elif value is not None:
-                self.fields[name] = value
+                size += self.frame({name: value}, PIECE)
         return size
+
+    def frame(self, fields: Json, size: int) -> int:
+        """Takes fields of which the last value holds; returns `size`, that of their event, if it brought one that is new."""
+        before = len(self.fields)
+        self.fields |= fields
+        return size if len(self.fields) > before else 0
 
     def joined(self) -> Json:
         return {**self.fields, **{name: "".join(pieces) for name, pieces in self.texts.items()}}

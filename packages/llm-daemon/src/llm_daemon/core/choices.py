@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import msgspec
+
 from .assembler import (
     BARE,
     CUT_OFF,
@@ -40,8 +42,10 @@ class _Choices(Assembler):
             kept += 0 if self._latest in self._choices else size
             kept += self._choices.setdefault(self._latest, self._choice()).add(choice, size, count)
         # The chunk with the usage names no choice: it follows the last one of the choice that it counts.
-        self._around.setdefault(self._latest, {}).update(data)
-        return kept
+        around = self._around.setdefault(self._latest, {})
+        before = len(around)
+        around.update(data)
+        return kept if len(around) == before else kept + size
 
     def _choice(self) -> _Choice:
         raise NotImplementedError
@@ -72,9 +76,9 @@ class _Choice(Part):
         """See Assembler._lost; `total` is the number of its tokens."""
         raise NotImplementedError
 
-    def _frame(self, choice: Json) -> None:
-        """Takes the fields beside the text; the last value that is not null holds."""
-        self.fields |= {name: value for name, value in choice.items() if value is not None or name not in self.fields}
+    def _frame(self, choice: Json, size: int) -> int:
+        """Takes the fields beside the text; the last value that is not null holds.  Returns how much of the event is kept."""
+        return self.frame({name: it for name, it in choice.items() if it is not None or name not in self.fields}, size)
 
     def answer(self) -> Json:
         raise NotImplementedError
@@ -88,24 +92,24 @@ class _ChatChoice(_Choice):
 
     def add(self, choice: Json, size: int, count: int) -> int:
         delta = choice.pop("delta", None) or {}
-        self._frame(choice)
+        framed = self._frame(choice, size)
         if role := delta.pop("role", None):
             self.message.fields["role"] = role
         calls = delta.pop("tool_calls", None) or ()
         kept = self.message.merge(delta) + sum(map(self._call, calls))
         if kept or calls:
             self.spoken = count
-        return kept
+        return kept + framed
 
     def _call(self, delta: Json) -> int:
         call = self.calls.setdefault(delta.pop("index", 0), Part())
         function = delta.pop("function", None) or {}
         # The id and the name come whole, and again when the name grew.
-        call.fields |= delta
+        kept = call.frame(delta, sum(len(msgspec.json.encode(it)) for it in delta.values()))
         call.fields["type"] = "function"
         if name := function.pop("name", None):
             call.fields["name"] = name
-        return call.merge(function) + 2 * PIECE
+        return call.merge(function) + 2 * PIECE + kept
 
     def lost(self, total: int, asked: Mapping[str, Any]) -> str:
         limited = self.fields["finish_reason"] == "length"
@@ -144,8 +148,7 @@ class Chat(_Choices):
 class _TextChoice(_Choice):
     def add(self, choice: Json, size: int, count: int) -> int:
         text, logprobs = choice.pop("text", None) or "", choice.pop("logprobs", None)
-        self._frame(choice)
-        kept = self.say("text", text)
+        kept = self._frame(choice, size) + self.say("text", text)
         if text:
             self.spoken = count
         if logprobs:

@@ -73,15 +73,12 @@ class Connection(asyncio.Protocol):
             self._serve_alone(requests[0])
             return
         self._waiting += requests
+        if len(self._waiting) > 1:
+            self._trim()
         if reader.is_partial:
             self._is_slow_from_here()
         elif not self._paused:
             self._slow_since = 0.0
-        while len(self._waiting) > 1 and self._is_too_much():
-            self._release(self._waiting.pop())
-            self._waiting[-1].keep_alive = False  # the client asks again for what is not answered (RFC 9112, section 9.3.2)
-            self._reader.failed = True
-            self._reader.stop()
         if self._exchange is None:
             self._advance()
 
@@ -106,8 +103,8 @@ class Connection(asyncio.Protocol):
             self._slow_since = 0.0
         if self._exchange is not None:
             self._exchange.resume()
-        elif not self._advancing:
-            self._advance()
+        else:  # not in here: the standard loop reports the end of a transport that is closed in here twice
+            asyncio.get_running_loop().call_soon(self._advance)
 
     # -- called by the gateway and by exchanges
 
@@ -214,9 +211,16 @@ class Connection(asyncio.Protocol):
         # An HTTP/1.0 client is answered once: it would have to be told otherwise, and none of them needs it.
         return request.keep_alive and request.version == "1.1" and not self._gateway.closing
 
-    def _is_too_much(self) -> bool:
-        sizes = [len(request.body) for request in self._waiting]
-        return len(sizes) > self._gateway.pipeline or sum(sizes) > self._gateway.body_limit
+    def _trim(self) -> None:
+        """Drops what may not wait; the client asks again for what is not answered (RFC 9112, section 9.3.2)."""
+        waiting, size = self._waiting, sum([len(request.body) for request in self._waiting])
+        while len(waiting) > 1 and (len(waiting) > self._gateway.pipeline or size > self._gateway.body_limit):
+            size -= len(waiting[-1].body)
+            self._release(waiting.pop())
+            waiting[-1].keep_alive = False
+            self._reader.failed = True
+        if self._reader.failed:
+            self._gateway.held -= self._reader.stop()
 
     def _advance(self) -> None:
         """Serves what waits, one at a time, while the client takes our answers."""

@@ -11,6 +11,8 @@ from contextlib import suppress
 from time import monotonic, perf_counter
 from typing import TYPE_CHECKING
 
+import msgspec
+
 from .. import errors
 from ..core import events as ev
 from ..core.instance import State
@@ -151,7 +153,8 @@ class DaemonDesk:
                 return
             self.ended(ask.ticket)
             if dead:
-                self.open(ask, turn)
+                left = None if ask.deadline is None else max(0.0, ask.deadline - (monotonic() - place.arrived))
+                self.open(msgspec.structs.replace(ask, deadline=left), turn)
             else:
                 turn.refuse(error)
 

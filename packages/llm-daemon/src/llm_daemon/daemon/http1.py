@@ -246,6 +246,7 @@ class RequestReader:
         if int(headers.get(b"content-length") or 0) > self._body_limit:
             return self._fail(413, f"request body larger than {self._body_limit} bytes")
         request.error = self._judge(request)
+        request.tunnel = request.tunnel and self._upgrade  # `Upgrade` alone, without `Connection`, offers nothing
         if headers.get(b"expect", b"").lower() == b"100-continue" and request.version == "1.1":
             if request.error is None:
                 self.expecting = True
@@ -370,7 +371,7 @@ class ResponseReader:
         if answers is not None and begins and (found := answers.find(data)) is not None:
             self.head, at = found
             self._complete = self.reusable = True
-            return self.head, [data[at:]], True
+            return self.head, [data[at:]] if at < len(data) else [], True
         self._unfruitful += len(data)
         try:
             self._parser.feed_data(data)
@@ -381,6 +382,8 @@ class ResponseReader:
             elif not self._complete:  # what follows a complete answer only costs the connection
                 raise RemoteProtocolError(f"malformed HTTP answer: {e}") from None
             self.reusable = False
+        if self._switched and self._complete:
+            self._broken = "it switched protocols and did not say so in its headers"
         if self._broken:
             raise RemoteProtocolError(self._broken)
         if self._unfruitful > HEAD_LIMIT:
@@ -410,6 +413,9 @@ class ResponseReader:
         if self._complete:
             return
         status = self._parser.get_status_code()
+        if not 100 <= status <= 599:
+            self._broken = f"status {status}"
+            return
         self._switched = status == 101 and self._may_switch
         if status < 200 and not self._switched:
             self._interim, self._reason = True, b""
@@ -444,7 +450,9 @@ class ResponseReader:
 
     def on_body(self, piece: bytes) -> None:
         self._unfruitful = 0
-        if not self._complete:
+        if self._interim:  # llhttp knows which of them have no body, up to 103
+            self._broken = "an interim answer with a body"
+        elif not self._complete:
             self._body.append(piece)
 
     def on_message_complete(self) -> None:

@@ -193,6 +193,10 @@ class Link(asyncio.Protocol):
         if last or body or head is not None:
             call.sink.answer(head, body, last)
 
+    def eof_received(self) -> None:
+        if self.transport.get_write_buffer_size():  # the loop would close it only when the engine has taken that
+            self.transport.abort()
+
     def pause_writing(self) -> None:
         if self._call is not None:
             self._call.sink.hold_back(True)
@@ -257,8 +261,9 @@ class Pool:
     def cut(self, path: str | None = None, error: LlmDaemonError | None = None) -> None:
         """Closes every connection to `path` (None: to all).  Open calls are lost; an engine stops faster without them."""
         for call in [c for c in self.calls if path in (None, c.path)]:
-            call.abort()
-            call.sink.lost("its connections were cut", error)
+            if call in self.calls:  # the loss of one may end another
+                call.abort()
+                call.sink.lost("its connections were cut", error)
         for link in [link for link in self.leaving if path in (None, link.path)]:
             link.kill()
         for key in list(self._idle) if path is None else [path]:
