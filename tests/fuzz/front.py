@@ -37,6 +37,7 @@ _REQUEST = re.compile(
     rb"(GET|POST|PUT|PATCH|DELETE) (/[!-~\x80-\xff]*) HTTP/1\.1\r\nHost: localhost\r\n((?:[!-9;-~]+: [^\r\n\0]*\r\n)*)\r\n"
 )
 _HEAD = re.compile(rb"HTTP/1\.1 ([1-5][0-9][0-9]) [^\r\n]*\r\n((?:[!-9;-~]+:[^\r\n]*\r\n)*)\r\n")
+_CHUNKED = re.compile(rb"^transfer-encoding: *chunked\r$", re.IGNORECASE | re.MULTILINE)
 _LENGTH = re.compile(rb"^content-length: *([0-9]+)\r$", re.IGNORECASE | re.MULTILINE)
 
 
@@ -362,7 +363,7 @@ def misformed(got: bytes, methods: list[str]) -> str | None:
         method = methods[n] if n < len(methods) else ""
         if (n := n + 1) > len(methods) + 1:
             return f"more answers than requests: {got[at:][:200]!r}"
-        length, chunked = _LENGTH.search(lines), b"transfer-encoding: chunked" in lines
+        length, chunked = _LENGTH.search(lines), _CHUNKED.search(lines)
         if length and chunked:
             return "two framings"
         if method == "HEAD" or status in (204, 304):
