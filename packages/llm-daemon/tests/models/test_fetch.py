@@ -208,7 +208,7 @@ def test_a_helper_without_an_answer_is_our_bug(packed: Packed, tmp_path: Path) -
 def test_the_daemon_stays_small() -> None:
     code = "import sys, llm_daemon.models.fetch, llm_daemon.models.catalog; print(*sys.modules)"
     loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
-    assert not {"unearth", "httpx2", "requests", "pip", "numpy", "gguf", "zipfile"} & set(loaded)
+    assert not {"unearth", "httpx2", "httpcore2", "huggingface_hub", "requests", "pip", "numpy", "gguf", "zipfile"} & set(loaded)
 
 
 @pytest.mark.real

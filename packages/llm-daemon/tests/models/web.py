@@ -1,0 +1,149 @@
+"""A web server on loopback for the sources `https` and `hf`: files with versions and ranges, a model hub, and what goes wrong."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import ssl
+import threading
+from collections.abc import Mapping
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+
+class Web(ThreadingHTTPServer):
+    """Serves `files` (bytes by path), `moved` (another address by path) and `repos` (files by name, by repository).
+
+    `etags`: by path, where it is not made from the bytes.  `cuts`: how many bytes of the next files are sent before the
+    connection breaks.  `dies`: with the first cut the whole server goes.  `gate`: with it, a file stops after its first
+    20,000 bytes until it is set.  `gated`: repositories that want the header `Bearer <token>`.  `cdn`: where a
+    repository's large files are sent from.  `seen`: (method, path, headers in lower case) of each request.
+    """
+
+    daemon_threads = True
+
+    def __init__(self, port: int = 0, cert: Path | None = None) -> None:
+        super().__init__(("127.0.0.1", port), _Handler)
+        self.files: dict[str, bytes] = {}
+        self.moved: dict[str, str] = {}
+        self.repos: dict[str, dict[str, bytes]] = {}
+        self.etags: dict[str, str] = {}
+        self.cuts: list[int] = []
+        self.gate: threading.Event | None = None
+        self.gated: set[str] = set()
+        self.token = "hf_s3cret"
+        self.ranges, self.dies, self.lengths = True, False, True
+        self.status = 0
+        self.seen: list[tuple[str, str, dict[str, str]]] = []
+        if cert:
+            context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+            context.load_cert_chain(cert)
+            self.socket = context.wrap_socket(self.socket, server_side=True)
+        self.port = self.server_address[1]
+        self.url = f"http{'s' if cert else ''}://127.0.0.1:{self.port}"
+        self.cdn = self.url.replace("127.0.0.1", "localhost")  # another host, as far as names go
+        self._thread = threading.Thread(target=self.serve_forever, kwargs={"poll_interval": 0.01})
+        self._thread.start()
+
+    def asked(self, path: str, header: str = "range", method: str = "GET") -> list[str | None]:
+        """What each request for a path said in one header."""
+        return [headers.get(header) for m, p, headers in self.seen if (m, p) == (method, path)]
+
+    def stop(self) -> None:
+        if self.gate:
+            self.gate.set()
+        self.shutdown()
+        self.server_close()
+        self._thread.join()
+
+    def handle_error(self, request: object, client_address: object) -> None:
+        """Clients that hang up are what we test."""
+
+
+class _Handler(BaseHTTPRequestHandler):
+    server: Web
+    protocol_version = "HTTP/1.1"
+
+    def log_message(self, format: str, *args: object) -> None:
+        pass
+
+    def do_HEAD(self) -> None:
+        self.do_GET()
+
+    def do_GET(self) -> None:
+        server = self.server
+        path = self.path.partition("?")[0]
+        server.seen.append((self.command, path, {k.lower(): v for k, v in self.headers.items()}))
+        if server.status:
+            return self._answer(server.status, b"no")
+        if path in server.moved:
+            return self._answer(302, b"", {"Location": server.moved[path]})
+        if path in server.files:
+            return self._file(path, server.files[path])
+        if path.startswith("/api/models/"):
+            return self._repo(path.removeprefix("/api/models/"))
+        repo, _, rest = path.strip("/").partition("/resolve/")
+        if rest and repo in server.repos:
+            return self._resolve(repo, rest.partition("/")[2])
+        self._answer(404, b"nothing here", {"X-Error-Code": "EntryNotFound"})
+
+    def _repo(self, repo: str) -> None:
+        if repo not in self.server.repos:
+            return self._answer(401, b"", {"X-Error-Code": "RepoNotFound"})
+        files = [
+            {"rfilename": n, "size": len(d), "lfs": {"sha256": _sha(d), "size": len(d), "pointerSize": 130}}
+            for n, d in self.server.repos[repo].items()
+        ]
+        body = {"id": repo, "sha": COMMIT, "siblings": files, "private": False, "gated": "auto", "tags": [], "downloads": 0}
+        self._answer(200, json.dumps(body).encode(), {"Content-Type": "application/json"})
+
+    def _resolve(self, repo: str, name: str) -> None:
+        server = self.server
+        if repo in server.gated and self.headers["Authorization"] != f"Bearer {server.token}":
+            status = 403 if self.headers["Authorization"] else 401
+            return self._answer(status, b"", {"X-Error-Code": "GatedRepo", "X-Error-Message": "accept first"})
+        if (data := server.repos[repo].get(name)) is None:
+            return self._answer(404, b"", {"X-Error-Code": "EntryNotFound", "X-Repo-Commit": COMMIT})
+        told = {"X-Repo-Commit": COMMIT, "X-Linked-Etag": f'"{_sha(data)}"', "X-Linked-Size": str(len(data))}
+        self._answer(302, b"", told | {"Location": f"{server.cdn}/blob/{name}?signature=1"})
+
+    def _file(self, path: str, data: bytes) -> None:
+        etag = self.server.etags.get(path, f'"{_sha(data)[:16]}"')
+        told = {"ETag": etag} if etag else {}
+        asked, since = self.headers["Range"], self.headers["If-Range"]
+        if not (asked and self.server.ranges) or (since and since != etag):
+            return self._answer(200, data, told)
+        start = int(asked.removeprefix("bytes=").removesuffix("-"))
+        if start >= len(data):
+            return self._answer(416, b"", told | {"Content-Range": f"bytes */{len(data)}"})
+        self._answer(206, data[start:], told | {"Content-Range": f"bytes {start}-{len(data) - 1}/{len(data)}"})
+
+    def _answer(self, status: int, body: bytes, headers: Mapping[str, str] | None = None) -> None:
+        server = self.server
+        self.send_response(status)
+        length = {"Content-Length": str(len(body))} if server.lengths else {"Connection": "close"}
+        for key, value in {**length, **(headers or {})}.items():
+            self.send_header(key, value)
+        self.end_headers()
+        if self.command == "HEAD":
+            return
+        is_file = self.path.partition("?")[0] in server.files and status in (200, 206)
+        if is_file and server.cuts:
+            self.wfile.write(body[: server.cuts.pop(0)])
+            self.close_connection = True
+            if server.dies:
+                server.shutdown()
+                server.server_close()
+            return
+        if is_file and server.gate:
+            self.wfile.write(body[:20_000])
+            server.gate.wait(60)
+            body = body[20_000:]
+        self.wfile.write(body)
+        self.close_connection = self.close_connection or not server.lengths
+
+
+def _sha(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
