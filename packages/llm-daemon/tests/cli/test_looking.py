@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import socket
+import struct
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -16,7 +18,7 @@ from llm_daemon.cli import doctor, logs
 from llm_daemon.engines.base import Location, Missing
 from llm_daemon.models.catalog import Catalog
 from llm_daemon.models.store import Store
-from llm_daemon.spec import Wish
+from llm_daemon.spec import Artifact, Wish
 
 from .conftest import Cli
 from .fakes import FakeDaemon
@@ -217,6 +219,54 @@ def test_models_show(cli: Cli) -> None:
 def test_models_show_of_a_broken_file(cli: Cli, fetched: Path) -> None:
     result = cli("models", "show", "smollm2-135m")
     assert result.status == 2 and "is not a GGUF file" in result.err
+
+
+def model(weights: int) -> bytes:
+    """A GGUF file: the first or second of two, or so it says."""
+
+    def text(value: bytes) -> bytes:
+        return struct.pack("<Q", len(value)) + value
+
+    texts = {b"general.architecture": b"llama", b"tokenizer.chat_template": b"{{ messages }}"}
+    head = b"GGUF" + struct.pack("<IQQ", 3, 1, 4) + b"".join(text(k) + struct.pack("<I", 8) + text(v) for k, v in texts.items())
+    head += b"".join(text(k) + struct.pack("<II", 4, v) for k, v in {b"llama.context_length": 512, b"split.count": 2}.items())
+    head += text(b"t") + struct.pack("<IQIQ", 1, weights, 24, 0)
+    return head + bytes(-len(head) % 32 + weights)
+
+
+@pytest.fixture
+def elsewhere(tmp_path: Path) -> list[str]:
+    """One model from the hub, in two parts that lie in its cache, and one from an address; their names."""
+    store, hub, address = Store(tmp_path / "cache"), Artifact("hf", "o/r:Q4_0", "hf:o/r:Q4_0", quant="Q4_0"), "https://h/m.gguf"
+    blobs, entries = tmp_path / "hub" / "blobs", tmp_path / "hub" / "snapshots"
+    blobs.mkdir(parents=True)
+    entries.mkdir()
+    for n in (1, 2):
+        (blobs / str(n)).write_bytes(model(20_000))
+        (entries / f"{n}.gguf").symlink_to(f"../blobs/{n}")
+    for artifact in (hub, Artifact("https", address, address)):
+        store.folder(artifact).mkdir(parents=True)
+    (store.folder(hub) / "weights.tmp").symlink_to(entries / "1.gguf")
+    size = sum(file.stat().st_size for file in blobs.iterdir())
+    store.commit(hub, store.folder(hub) / "weights.tmp", size, "0" * 64, [entries / "2.gguf"])
+    temp = store.folder(artifact) / "weights.tmp"
+    temp.write_bytes(model(1))
+    store.commit(artifact, temp, temp.stat().st_size, "0" * 64)
+    return ["hf:o/r:Q4_0", address]
+
+
+def test_models_from_elsewhere(cli: Cli, elsewhere: list[str], tmp_path: Path) -> None:
+    listed = cli("models").out
+    assert all(any(line.startswith(name) and " yes " in line for line in listed.splitlines()) for name in elsewhere)
+    told = cli("models", "show", elsewhere[0]).out
+    template = hashlib.sha256(b"{{ messages }}").hexdigest()
+    for line in ("quant:     Q4_0", "kind:      llama", "context:   512 tokens", f"template:  sha256 {template}", "parts:     2"):
+        assert line in told
+    about = json.loads(cli("models", "show", elsewhere[0], "--json").out)
+    assert about["size"] > 40_000 and about["header"]["n_params"] == 40_000
+    assert "{{" not in told and "{{" not in json.dumps(about), "a template is never shown, let alone run"
+    assert json.loads(cli("models", "rm", *elsewhere, "--json").out)["removed"] == elsewhere
+    assert not list((tmp_path / "hub").rglob("[12]*")), "its files in the hub's cache go too"
 
 
 def test_models_rm(cli: Cli, fetched: Path) -> None:

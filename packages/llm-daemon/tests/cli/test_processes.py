@@ -111,7 +111,7 @@ def test_env_in_other_forms(cli: Cli, daemon: FakeDaemon) -> None:
 def test_env_of_an_unknown_model_starts_nothing(cli: Cli, daemon: FakeDaemon) -> None:
     result = cli("env", "smollm3")
     assert (result.status, result.out, daemon.said) == (2, "", [])
-    assert "did you mean smollm2-135m?" in result.err
+    assert "did you mean smollm2-135m" in result.err
 
 
 @pytest.mark.parametrize("value", ["plain", "with space", "it's", '$(rm x) `y` \\ "', "a\nb", ""])

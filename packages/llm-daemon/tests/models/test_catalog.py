@@ -47,10 +47,22 @@ def test_the_starter_model_is_pinned() -> None:
     assert spec.artifact.key == f"sha256:{spec.artifact.sha256}"
 
 
-def test_every_shipped_entry_is_pinned_whole() -> None:
+def test_every_shipped_entry_from_the_hub_names_one_file_or_quantization() -> None:
     catalog = Catalog.load({})
-    names = {entry.name for entry in catalog.entries()}
-    assert {"smollm2-135m", "gemma3-270m"} <= names
+    found = [entry for entry in catalog.entries() if entry.source == "hf"]
+    assert {"llama3-8b", "phi3-mini", "gemma-2b"} <= {entry.name for entry in found}
+    for entry in found:
+        artifact = catalog.resolve(Wish(entry.name, quant=entry.quant)).artifact
+        assert artifact.source == "hf" and artifact.quant == entry.quant and artifact.license and artifact.note
+        wanted = artifact.locator.partition(":")[2]
+        assert wanted == entry.quant or wanted.endswith(".gguf")
+    assert len({catalog.resolve(Wish(e.name, quant=e.quant)).artifact.key for e in found}) == len(found)
+
+
+def test_every_shipped_entry_from_the_index_is_pinned_whole() -> None:
+    catalog = Catalog.load({})
+    names = {entry.name for entry in catalog.entries() if entry.source != "hf"}
+    assert names == {"smollm2-135m", "gemma3-270m"}
     for name in names:
         artifact = catalog.resolve(Wish(name)).artifact
         assert artifact.sha256 and artifact.size and artifact.license and artifact.note
@@ -75,8 +87,9 @@ def test_options_travel_and_the_wish_wins_over_the_alias() -> None:
 
 def test_unknown_names_get_near_and_known_ones() -> None:
     error = refusal("smollm-135m", {"mine": "smollm2-135m"})
-    assert (error.code, error.status, error.data["near"]) == ("unknown_model", 404, ["smollm2-135m"])
-    assert "did you mean smollm2-135m?" in error.hint and "gemma3-270m, mine, smollm2-135m" in error.hint
+    assert (error.code, error.status) == ("unknown_model", 404)
+    assert error.data["near"] == ["smollm2-135m", "smollm2-1.7b"]
+    assert "did you mean smollm2-135m" in error.hint and all(f" {name}" in error.hint for name in ("gemma3-270m,", "mine,"))
     assert refusal("llama3:8b").code == "unknown_model"
 
 

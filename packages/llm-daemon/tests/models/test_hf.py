@@ -187,7 +187,7 @@ def test_all_parts_of_a_split_model(bench: Bench, gguf: Callable[..., bytes]) ->
     path = bench.fetch()
     names = [f"org-Tiny-GGUF-Q4_0-0000{n}-of-00003.gguf" for n in (1, 2, 3)]
     assert path.name == names[0] and [(path.parent / n).read_bytes() for n in names] == parts
-    assert Store(bench.root).list()[0].size == sum(map(len, parts))
+    assert Store(bench.root).size(hf.resolve(f"{REPO}:Q4_0")) == sum(map(len, parts))
     info = header(path)
     assert (info.split_count, info.n_params, info.tensor_count) == (3, 30_000, 3)
     totals = {m["total"] for m in bench.progress if m["phase"] == "download"}
@@ -322,7 +322,11 @@ def test_a_disk_that_fills_up_midway(bench: Bench, model: bytes, tmp_path: Path)
     bench.put("tiny.Q4_0.gguf", model)
     with pytest.raises(UsageError) as caught:
         fetch_sync(hf.resolve(f"{REPO}:Q4_0"), bench.root, env=bench.env, python=str(python))
-    assert caught.value.code == "disk_full" and "HF_HOME" in caught.value.hint and str(bench.cache) in caught.value.message
+    assert (
+        caught.value.code == "disk_full"
+        and "HF_HOME" in caught.value.hint
+        and f"{bench.cache} needs {len(model):,}" in caught.value.message
+    )
     assert bench.fetch().read_bytes() == model and bench.hub.asked("/blob/tiny.Q4_0.gguf")[1] is not None
 
 

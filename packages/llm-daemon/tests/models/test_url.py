@@ -257,7 +257,11 @@ def test_a_disk_that_fills_up_midway(web: Web, model: bytes, tmp_path: Path) -> 
     artifact, root = url.resolve(f"{web.url}/m.gguf"), tmp_path / "store"
     with pytest.raises(UsageError) as caught:
         fetch_sync(artifact, root, python=str(python))
-    assert caught.value.code == "disk_full" and Store(root).path(artifact) is None
+    assert (
+        caught.value.code == "disk_full"
+        and f"needs {len(model):,}" in caught.value.message
+        and Store(root).path(artifact) is None
+    )
     assert fetch_sync(artifact, root).read_bytes() == model
     assert web.asked("/m.gguf")[1] not in (None, "bytes=0-"), "what fitted was kept"
 

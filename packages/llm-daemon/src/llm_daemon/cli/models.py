@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -142,7 +141,7 @@ def show(model: str, json_: bool) -> None:
     if path is not None and path.suffix == ".gguf":
         about["header"] = asdict(header(path))
         about["quant"] = about["quant"] or about["header"]["quant"]
-        about["size"] = next((s.size for s in _store().list() if s.key == spec.artifact.key), os.path.getsize(path))
+        about["size"] = _store().size(spec.artifact)
     if json_:
         as_json(about)
         return

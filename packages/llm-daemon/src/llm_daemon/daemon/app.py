@@ -25,6 +25,7 @@ from ..core.leases import Leases
 from ..core.machine import Machine
 from ..faults import fp
 from ..models.fetch import fetch
+from ..models.store import Store
 from ..spec import Wish
 from . import identity
 from .admin import Admin
@@ -281,9 +282,9 @@ class Daemon:
             return self._stop(params.get("model"), bool(params.get("force")))
         if method == "pull":
             spec = self.supervisor.catalog.resolve(wished(params.get("wish")))
-            began = monotonic()
-            path = await fetch(spec.artifact, Path(paths.cache_dir()), lambda info: say("PROGRESS", info=info))
-            return {"path": str(path), "size": os.path.getsize(path), "seconds": monotonic() - began}
+            root, began = Path(paths.cache_dir()), monotonic()
+            path = await fetch(spec.artifact, root, lambda info: say("PROGRESS", info=info))
+            return {"path": str(path), "size": Store(root).size(spec.artifact), "seconds": monotonic() - began}
         raise errors.RemoteProtocolError(
             f"this daemon ({version()}) has no method {method!r}", hint="are client and daemon of one version?"
         )

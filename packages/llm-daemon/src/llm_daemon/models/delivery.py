@@ -63,6 +63,7 @@ class Delivery:
     folder: Path
     report: Reporter
     written: int = field(default=0, init=False)
+    asked: int = field(default=0, init=False)  # bytes, by the latest `need`
 
     def __post_init__(self) -> None:
         self._hash = hashlib.sha256()
@@ -77,7 +78,7 @@ class Delivery:
 
     def need(self, size: int, folder: Path | None = None) -> None:
         """Raises UsageError (`disk_full`) unless `size` more bytes fit on the disk of `folder`, our own by default."""
-        folder = folder or self.folder
+        folder, self.asked = folder or self.folder, size
         free = shutil.disk_usage(folder).free
         if size > free:
             raise disk_full(folder, size, free)

@@ -94,8 +94,10 @@ def download(wanted: Wanted, progress: Callable[[int, int], None], need: Callabl
             return got
         except _Changed:
             forget(wanted)
-            if fresh:
+            if fresh and wanted.sha256:
                 raise _mismatch(wanted) from None
+            if fresh:
+                raise failed(wanted.url, "the server takes back what it sent") from None
         except (httpcore2.NetworkError, httpcore2.ProtocolError, httpcore2.TimeoutException, httpcore2.ProxyError) as e:
             if _offset(wanted) > offset:
                 continue

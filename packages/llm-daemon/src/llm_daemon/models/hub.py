@@ -14,8 +14,8 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-# The hub's second protocol (Xet) cannot resume; who sets the variable knows what for.
-os.environ.setdefault("HF_HUB_DISABLE_XET", "1")
+# Read when the client is imported.  Its second protocol (Xet) cannot resume, so no part of it is wanted.
+os.environ["HF_HUB_DISABLE_XET"] = "1"
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 
 import httpx2
@@ -76,7 +76,7 @@ def deliver_from_hub(delivery: Delivery, repo: str, wanted: str) -> None:
     except LlmDaemonError:
         raise
     except OSError as e:
-        error = storage_error(e, cache, delivery.artifact.size or 0)
+        error = storage_error(e, cache, delivery.asked)
         error.hint = (
             "free some space, or set HF_HOME to another disk" if error.code == "disk_full" else "set HF_HOME to a folder of yours"
         )

@@ -67,6 +67,13 @@ class Store:
         stored = self._read(self.folder(artifact))
         return self.folder(artifact) / stored.file if stored else None
 
+    def size(self, artifact: Artifact) -> int | None:
+        """The bytes of all its weights, if they are here."""
+        if artifact.source == "file":
+            return path.stat().st_size if (path := self.path(artifact)) else None
+        stored = self._read(self.folder(artifact))
+        return stored.size if stored else None
+
     def list(self) -> list[Stored]:
         """All whole models, by locator."""
         try:

@@ -52,6 +52,8 @@ def _deliver(delivery: Delivery, store: Store) -> Path:
         path = store.commit(artifact, delivery.target, delivery.written, delivery.sha256, delivery.more)
         delivery.discard_parts()
         return path
+    except OSError as e:
+        raise storage_error(e, store.root, artifact.size or delivery.asked) from e
     finally:
         delivery.target.unlink(missing_ok=True)
 
