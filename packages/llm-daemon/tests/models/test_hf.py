@@ -218,6 +218,14 @@ def test_a_hub_that_dies_midway_and_comes_back(bench: Bench, model: bytes) -> No
         again.stop()
 
 
+def test_removing_an_unfinished_download(bench: Bench, model: bytes) -> None:
+    bench.put("tiny.Q4_0.gguf", model)
+    bench.hub.cuts = [70_000, 0]
+    bench.refused("download_failed")
+    assert Store(bench.root).disk_bytes() >= 70_000
+    assert Store(bench.root).remove(hf.resolve(f"{REPO}:Q4_0")) >= 70_000 and bench.blobs() == []
+
+
 def test_a_file_that_is_not_what_the_hub_says(bench: Bench, model: bytes) -> None:
     bench.put("tiny.Q4_0.gguf", model)
     bench.hub.files["/blob/tiny.Q4_0.gguf"] = model[:-1] + bytes([model[-1] ^ 1])

@@ -8,10 +8,12 @@ import os
 import random
 import shlex
 import socket
+import socketserver
 import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -311,11 +313,62 @@ def test_no_redirect_to_this_machine(bench: Bench, secure: Web, model: bytes, ho
     assert "private network" in error.message and [p for _, p, _ in secure.seen] == ["/a.gguf"]
 
 
-def test_no_redirect_by_way_of_a_proxy_either(bench: Bench, web: Web, monkeypatch: pytest.MonkeyPatch) -> None:
-    wanted = download.Wanted("https://files.test/a.gguf", bench.store.root)
-    monkeypatch.setenv("https_proxy", web.url)
-    with pytest.raises(UsageError, match="private network"):
-        download._pool("https://10.0.0.1/m.gguf", download._rule(wanted, "https://10.0.0.1/m.gguf"))
+class Proxy(socketserver.ThreadingTCPServer):
+    """Takes CONNECT requests, notes whom they ask for, and connects to one server whatever they ask."""
+
+    daemon_threads = True
+
+    def __init__(self, port: int) -> None:
+        super().__init__(("127.0.0.1", 0), _Connect)
+        self.port, self.asked = port, list[str]()
+
+
+class _Connect(socketserver.StreamRequestHandler):
+    server: Proxy
+
+    def handle(self) -> None:
+        self.server.asked.append(self.rfile.readline().split()[1].decode())
+        while self.rfile.readline().strip():
+            pass
+        with socket.create_connection(("127.0.0.1", self.server.port)) as there:
+            self.wfile.write(b"HTTP/1.1 200 OK\r\n\r\n")
+            back = threading.Thread(target=self._pump, args=(there, self.connection))
+            back.start()
+            self._pump(self.connection, there)
+            back.join()
+
+    @staticmethod
+    def _pump(source: socket.socket, sink: socket.socket) -> None:
+        with suppress(OSError):
+            while data := source.recv(65536):
+                sink.sendall(data)
+        with suppress(OSError):
+            sink.shutdown(socket.SHUT_RDWR)
+
+
+@pytest.fixture
+def proxy(secure: Web, monkeypatch: pytest.MonkeyPatch) -> Iterator[Proxy]:
+    with Proxy(secure.port) as running:
+        thread = threading.Thread(target=running.serve_forever, kwargs={"poll_interval": 0.01})
+        thread.start()
+        monkeypatch.setenv("https_proxy", f"http://127.0.0.1:{running.server_address[1]}")
+        yield running
+        running.shutdown()
+        thread.join()
+
+
+def test_a_proxy_is_used(bench: Bench, secure: Web, proxy: Proxy, model: bytes) -> None:
+    secure.files["/m.gguf"] = model
+    secure.moved["/a.gguf"] = "https://other.test/m.gguf"
+    assert bench.fetch(url.resolve("https://files.test/a.gguf")).read_bytes() == model
+    assert proxy.asked == ["files.test:443", "other.test:443"]
+
+
+@pytest.mark.parametrize("host", ["10.0.0.1", "[::1]", "127.1", "2130706433", "0x7f.1", "localhost"])
+def test_no_redirect_to_a_private_address_by_way_of_a_proxy_either(bench: Bench, secure: Web, proxy: Proxy, host: str) -> None:
+    secure.moved["/a.gguf"] = f"https://{host}/m.gguf"
+    assert "private network" in bench.refused(url.resolve("https://files.test/a.gguf"), "bad_spec").message
+    assert proxy.asked == ["files.test:443"]
 
 
 @pytest.mark.parametrize(

@@ -25,6 +25,7 @@ import httpcore2
 
 from ..errors import LlmDaemonError, Unavailable, UsageError
 from .delivery import bad_weights, redact
+from .url import is_loopback
 
 _CHUNK = 2**20
 MAX_BYTES = 2**40  # of one file; the largest published parts have some 50 GB
@@ -243,18 +244,6 @@ def origin(url: str) -> tuple[str, str, int | None]:
     return parts.scheme, (parts.hostname or "").rstrip("."), parts.port or {"http": 80, "https": 443}.get(parts.scheme)
 
 
-def is_loopback(host: str) -> bool:
-    """Whether a host, as written, can only be this machine.
-
-    >>> [is_loopback(h) for h in ("localhost", "127.0.0.9", "::1", "127.0.0.1.example", "10.0.0.1")]
-    [True, True, True, False, False]
-    """
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host.lower() == "localhost"
-
-
 def is_public(address: str) -> bool:
     """Whether an IP address belongs to the open internet, also if it is one inside another.
 
@@ -336,13 +325,20 @@ def _pool(url: str, allowed: Callable[[str], bool]) -> httpcore2.ConnectionPool:
     proxy = urllib.request.getproxies().get(urlsplit(url).scheme)
     if not proxy or is_loopback(host) or urllib.request.proxy_bypass(host):
         return httpcore2.ConnectionPool(ssl_context=context, network_backend=_Guard(url, allowed))
-    # The proxy looks names up, on its side of the network; an address is an address on ours too.
-    if re.fullmatch(r"[\d.]+|.*:.*", host) and not allowed(host):
+    # The proxy looks names up, on its side of the network; an address, in whatever spelling, is an address on ours too.
+    if allowed is not _anything and re.search(r":|(^|\.)(\d+|0x[\da-f]*)$", host, re.IGNORECASE) and not _allows(allowed, host):
         raise refused(url, f"{host} is an address of a private network")
     parts = urlsplit(proxy if "://" in proxy else f"http://{proxy}")
     auth = (unquote(parts.username), unquote(parts.password or "")) if parts.username else None
     address = f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}"
     return httpcore2.ConnectionPool(ssl_context=context, proxy=httpcore2.Proxy(address, auth))
+
+
+def _allows(allowed: Callable[[str], bool], address: str) -> bool:
+    try:
+        return allowed(address)
+    except ValueError:  # an odd spelling, which nobody needs
+        return False
 
 
 @contextmanager

@@ -150,6 +150,9 @@ def _get(delivery: Delivery, repo: str, f: _File, blobs: Path, before: int, tota
         wanted = http.Wanted(
             url, blobs / f"{f.etag}.incomplete", f.size, f.sha256, build_hf_headers(), fixed=True, configured=True
         )  # fmt: skip
+        unfinished = delivery.folder / f"{f.etag}.part"  # so that `models rm` finds it
+        unfinished.unlink(missing_ok=True)
+        unfinished.symlink_to(wanted.part)
         try:
             http.download(
                 wanted,

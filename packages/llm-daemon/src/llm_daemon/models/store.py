@@ -202,7 +202,7 @@ def _part_names(first: str, parts: int) -> list[str]:
 
 def _remove_linked(folder: Path) -> None:
     """Removes what the links in `folder` lead to: an entry of the hub's cache is itself a link to the bytes beside it."""
-    for link in folder.glob("*.gguf"):
+    for link in (*folder.glob("*.gguf"), *folder.glob("*.part")):
         if link.is_symlink():
             entry = link.readlink()
             blob = entry.parent / entry.readlink() if entry.is_symlink() else entry

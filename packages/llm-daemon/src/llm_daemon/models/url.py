@@ -46,7 +46,7 @@ def resolve(locator: str) -> Artifact:
         raise _bad(
             "this is one of several parts of a model", "download all of them into one folder and give the path of the first"
         )
-    if parts.scheme == "http" and not _this_machine(host):
+    if parts.scheme == "http" and not is_loopback(host):
         raise _bad(f"plain http is for this machine only, not for {host}", f"write https://{host}{parts.path}")
     shown = f"[{host}]" if ":" in host else host
     url = urlunsplit((parts.scheme, shown + (f":{port}" if port else ""), parts.path, "", ""))
@@ -54,11 +54,16 @@ def resolve(locator: str) -> Artifact:
     return Artifact(parts.scheme, url, f"sha256:{sha256}" if sha256 else url, sha256=sha256)
 
 
-def _this_machine(host: str) -> bool:
+def is_loopback(host: str) -> bool:
+    """Whether a host, as written, can only be this machine.
+
+    >>> [is_loopback(h) for h in ("localhost", "127.0.0.9", "::1", "127.0.0.1.example", "10.0.0.1")]
+    [True, True, True, False, False]
+    """
     try:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
-        return host == "localhost"
+        return host.lower() == "localhost"
 
 
 def _pin(fragment: str) -> str | None:
