@@ -162,6 +162,12 @@ def test_a_cut_connection_is_taken_up_where_it_broke(bench: Bench, web: Web, mod
     assert web.asked("/m.gguf", "if-range")[1:] == [f'"{sha(model)[:16]}"'] * 2
 
 
+def test_a_server_that_sends_less_than_was_asked_for(bench: Bench, web: Web, model: bytes) -> None:
+    web.files["/m.gguf"], web.cuts, web.piece = model, [100_000], 150_000
+    assert bench.fetch(url.resolve(f"{web.url}/m.gguf")).read_bytes() == model
+    assert web.asked("/m.gguf") == [None, "bytes=100000-", "bytes=250000-"]
+
+
 def test_a_server_that_dies_midway_and_comes_back(bench: Bench, model: bytes) -> None:
     first = Web()
     artifact = url.resolve(f"{first.url}/m.gguf")

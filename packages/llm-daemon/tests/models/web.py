@@ -16,9 +16,10 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 class Web(ThreadingHTTPServer):
     """Serves `files` (bytes by path), `moved` (another address by path) and `repos` (files by name, by repository).
 
-    `etags`: by path, where it is not made from the bytes.  `cuts`: how many bytes of the next files are sent before the
-    connection breaks.  `dies`: with the first cut the whole server goes.  `gate`: with it, a file stops after its first
-    20,000 bytes until it is set.  `gated`: repositories that want the header `Bearer <token>`.  `cdn`: where a
+    `etags`: by path (of a hub: by name), where it is not made from the bytes.  `sizes`: what the hub says of a file by its
+    name, where it lies.  `piece`: the most bytes that a range brings.  `cuts`: how many bytes of the next files are sent
+    before the connection breaks.  `dies`: with the first cut the whole server goes.  `gate`: with it, a file stops after its
+    first 20,000 bytes until it is set.  `gated`: repositories that want the header `Bearer <token>`.  `cdn`: where a
     repository's large files are sent from.  `seen`: (method, path, headers in lower case) of each request.
     """
 
@@ -30,7 +31,9 @@ class Web(ThreadingHTTPServer):
         self.moved: dict[str, str] = {}
         self.repos: dict[str, dict[str, bytes]] = {}
         self.etags: dict[str, str] = {}
+        self.sizes: dict[str, int] = {}
         self.cuts: list[int] = []
+        self.piece = 2**40
         self.gate: threading.Event | None = None
         self.gated: set[str] = set()
         self.token = "hf_s3cret"
@@ -106,7 +109,11 @@ class _Handler(BaseHTTPRequestHandler):
             return self._answer(status, b"", {"X-Error-Code": "GatedRepo", "X-Error-Message": "accept first"})
         if (data := server.repos[repo].get(name)) is None:
             return self._answer(404, b"", {"X-Error-Code": "EntryNotFound", "X-Repo-Commit": COMMIT})
-        told = {"X-Repo-Commit": COMMIT, "X-Linked-Etag": f'"{_sha(data)}"', "X-Linked-Size": str(len(data))}
+        told = {
+            "X-Repo-Commit": COMMIT,
+            "X-Linked-Etag": server.etags.get(name, f'"{_sha(data)}"'),
+            "X-Linked-Size": str(server.sizes.get(name, len(data))),
+        }
         self._answer(302, b"", told | {"Location": f"{server.cdn}/blob/{name}?signature=1"})
 
     def _file(self, path: str, data: bytes) -> None:
@@ -118,7 +125,8 @@ class _Handler(BaseHTTPRequestHandler):
         start = int(asked.removeprefix("bytes=").removesuffix("-"))
         if start >= len(data):
             return self._answer(416, b"", told | {"Content-Range": f"bytes */{len(data)}"})
-        self._answer(206, data[start:], told | {"Content-Range": f"bytes {start}-{len(data) - 1}/{len(data)}"})
+        part = data[start : start + self.server.piece]
+        self._answer(206, part, told | {"Content-Range": f"bytes {start}-{start + len(part) - 1}/{len(data)}"})
 
     def _answer(self, status: int, body: bytes, headers: Mapping[str, str] | None = None) -> None:
         server = self.server

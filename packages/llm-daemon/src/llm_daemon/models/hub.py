@@ -73,14 +73,20 @@ def deliver_from_hub(delivery: Delivery, repo: str, wanted: str) -> None:
         with _translated(repo):
             paths, sha256 = _fetched(delivery, cache, repo, wanted)
         delivery.adopt(paths, sha256 or http.sha256_of(paths[0]))
-    except LlmDaemonError:
-        raise
+    except LlmDaemonError as e:
+        raise _of_the_cache(e) from e.__cause__
     except OSError as e:
-        error = storage_error(e, cache, delivery.asked)
-        error.hint = (
-            "free some space, or set HF_HOME to another disk" if error.code == "disk_full" else "set HF_HOME to a folder of yours"
-        )
-        raise error from e
+        raise _of_the_cache(storage_error(e, cache, delivery.asked)) from e
+
+
+def _of_the_cache(error: LlmDaemonError) -> LlmDaemonError:
+    """The error, with what helps where the disk is not the store's."""
+    hints = {
+        "disk_full": "free some space, or set HF_HOME to another disk",
+        "cache_unwritable": "set HF_HOME to a folder of yours",
+    }
+    error.hint = hints.get(error.code, error.hint)
+    return error
 
 
 def _fetched(delivery: Delivery, cache: Path, repo: str, wanted: str) -> tuple[list[Path], str | None]:
