@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import os
 import subprocess
+import time
 from pathlib import Path
 
 import pytest
@@ -22,7 +23,11 @@ def dead(tmp_path: Path, generation: str) -> Path:
 
 
 def tagged(generation: str) -> subprocess.Popen[bytes]:
-    return subprocess.Popen(["/bin/sleep", "60"], env={"LLM_DAEMON_GEN": generation})
+    process = subprocess.Popen(["/bin/sleep", "60"], env={"LLM_DAEMON_GEN": generation})
+    end = time.monotonic() + 10
+    while generation.encode() not in Path(f"/proc/{process.pid}/environ").read_bytes():
+        assert time.monotonic() < end  # Popen returns in the middle of exec, a moment before /proc tells the environment
+    return process
 
 
 def test_a_dead_generation_goes_with_its_processes(dead: Path, generation: str) -> None:
