@@ -18,7 +18,7 @@ SOURCE = Path(llm_daemon.__file__).parent
 # Where the wall clock may be read: it is shown, and nothing is decided by it but what to show.
 SHOWN = {
     ("cli/logs.py", "time.time"), ("cli/explain.py", "time.localtime"), ("cli/explain.py", "time.strftime"),
-    ("daemon/journal.py", "time.time"), ("daemon/desk.py", "time.time"),
+    ("daemon/journal.py", "time.time"), ("daemon/desk.py", "time.time"), ("cli/measure.py", "time.time"),
 }  # fmt: skip
 WALL = {
     *(f"time.{name}" for name in ("time", "time_ns", "localtime", "gmtime", "ctime", "strftime", "CLOCK_REALTIME")),
