@@ -6,11 +6,12 @@ import fcntl
 import os
 import subprocess
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from llm_daemon.daemon import cgroup
+from llm_daemon.daemon import cgroup, process
 from llm_daemon.daemon.sweep import sweep
 
 
@@ -36,6 +37,26 @@ def test_a_dead_generation_goes_with_its_processes(dead: Path, generation: str) 
     assert sweep(dead.parent, own="another") == 1
     assert process.wait(10) == -9
     assert not dead.exists()
+
+
+def test_who_is_forked_during_the_look_is_found_by_the_next(dead: Path, generation: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Seen once in a storm: the child of a process that was killed in this very moment lived on for ever."""
+    (dead / "i1-1").mkdir()
+    parent, looks = tagged(generation), 0
+    children: list[subprocess.Popen[bytes]] = []
+    whole = process.tagged
+
+    def look(name: str, value: str) -> Iterator[tuple[int, int]]:
+        nonlocal looks
+        looks += 1
+        found = list(whole(name, value))
+        if looks == 1:
+            children.append(tagged(generation))
+        yield from found
+
+    monkeypatch.setattr(process, "tagged", look)
+    assert sweep(dead.parent, own="another") == 2
+    assert [one.wait(10) for one in (parent, *children)] == [-9, -9]
 
 
 def test_one_that_lives_and_our_own_stay(dead: Path, generation: str) -> None:

@@ -69,18 +69,27 @@ def tagged(name: str, value: str) -> Iterator[tuple[int, int]]:
             os.close(pidfd)
 
 
-def kill_tagged(name: str, value: str) -> int:
-    """SIGKILL for each such process, without a chance to hit another one; how many."""
-    count = 0
-    for _, pidfd in tagged(name, value):
-        try:
-            signal.pidfd_send_signal(pidfd, signal.SIGKILL)
-            count += 1
-        except OSError:
-            pass  # it ended by itself
-        finally:
-            os.close(pidfd)
-    return count
+def kill_tagged(name: str, value: str, within: float = 1.0) -> int:
+    """SIGKILL for each such process, without a chance to hit another one; how many.
+
+    Looks again until two looks in a row found nobody, for `within` seconds at most: one look misses whoever is forked
+    during it, and whoever is in the middle of exec, when /proc shows no environment.
+    """
+    killed: set[int] = set()
+    end, quiet = time.monotonic() + within, 0
+    while quiet < 2 and time.monotonic() < end:
+        quiet += 1
+        for pid, pidfd in tagged(name, value):
+            quiet = 0
+            try:
+                signal.pidfd_send_signal(pidfd, signal.SIGKILL)
+                killed.add(pid)
+            except OSError:
+                pass  # it ended by itself
+            finally:
+                os.close(pidfd)
+        time.sleep(0.002)
+    return len(killed)
 
 
 @dataclass(frozen=True, slots=True)
@@ -319,7 +328,7 @@ class EngineProcess:
             self._finish()
             return
         # The keeper was killed.  PDEATHSIG kills the engine at this moment; we kill what had left its tree, and wait.
-        kill_tagged(ENGINE_TAG, self._tag)
+        kill_tagged(ENGINE_TAG, self._tag, within=0.05)  # on the loop: the box and the next sweep have the rest
         self._unboxed()
         self._box_until = time.monotonic() + 5.0
         if "engine" in self._fds:
