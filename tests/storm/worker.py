@@ -229,7 +229,8 @@ LEAVES = {
 
 def strike(held: Held, dice: random.Random) -> None:
     """kill -9 of somebody; while our lease stands, the daemon's pid is its own."""
-    kind = dice.choices(["daemon", "keeper", "engine", "both"], [4, 2, 2, 2])[0] if held.engine else "daemon"
+    both = 0 if os.environ.get("STORM_SINGLE_KILLS") else 2
+    kind = dice.choices(["daemon", "keeper", "engine", "both"], [4, 2, 2, both])[0] if held.engine else "daemon"
     found = tree(held)
     victims = [fd for name in VICTIMS[kind] for fd in found[name]]
     watched = [fd for name in LEAVES[kind] for fd in found[name]]

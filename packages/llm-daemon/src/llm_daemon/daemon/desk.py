@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("llm_daemon")
 RECORD_AFTER = 0.02  # seconds from the end of a request to its record
+AT_ONCE, BACKLOG = 16, 1000  # records written in one go; more of them than that, and all are
 ROUTES = 64  # remembered
 DEATH_NOTICE = 1.0  # seconds an engine that broke off is given to turn out dead
 ENDS: dict[str, End] = {
@@ -164,8 +165,17 @@ class DaemonDesk:
     def over(self, exchange: Exchange) -> None:
         # Its record can wait; the next request cannot.
         if not self._told:
-            asyncio.get_running_loop().call_later(RECORD_AFTER, self.tell)
+            asyncio.get_running_loop().call_later(RECORD_AFTER, self._tell_some)
         self._told.append((exchange, perf_counter()))
+
+    def _tell_some(self) -> None:
+        """A few at a time: a request that comes meanwhile must not wait for all of them."""
+        few = len(self._told) if len(self._told) > BACKLOG else AT_ONCE
+        some, self._told = self._told[:few], self._told[few:]
+        for exchange, ended in some:
+            self._record(exchange, ended)
+        if self._told:
+            asyncio.get_running_loop().call_later(RECORD_AFTER / 10, self._tell_some)
 
     def tell(self) -> None:
         """Records what is over.  Whoever reads the journal calls this first."""
