@@ -19,7 +19,7 @@ class Pump:
 
     `post` handles the event before it returns, unless it is called from inside `do`: then the event waits its
     turn, so that commands of one event are never mixed with those of another.  `saw` is told of each event and its
-    commands before they are carried out; it must not raise.
+    commands once they were carried out; it must not raise.
     """
 
     def __init__(
@@ -44,14 +44,17 @@ class Pump:
             self._inbox.append(event)
             return
         self._busy = True
+        # A request that came makes nothing due that was not, but its own deadline; whatever came of it may.
+        arms = self._timer is None or type(event) is not Arrived or event.deadline is not None
         try:
             self._handle(event)
             while self._inbox:
+                arms = True
                 self._handle(self._inbox.popleft())
         finally:
             self._busy = False
-        if self._timer is None or type(event) is not Arrived or event.deadline is not None:
-            self._arm()  # a request that came makes nothing due that was not, but its own deadline
+        if arms:
+            self._arm()
 
     def _handle(self, event: Event) -> None:
         now = self._now()
