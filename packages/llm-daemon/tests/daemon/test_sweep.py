@@ -39,6 +39,13 @@ def test_a_dead_generation_goes_with_its_processes(dead: Path, generation: str) 
     assert not dead.exists()
 
 
+def test_an_empty_folder_proves_nothing(dead: Path, generation: str) -> None:
+    process = tagged(generation)
+    assert sweep(dead.parent, own="another") == 1
+    assert process.wait(10) == -9
+    assert not dead.exists()
+
+
 def test_who_is_forked_during_the_look_is_found_by_the_next(dead: Path, generation: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Seen once in a storm: the child of a process that was killed in this very moment lived on for ever."""
     (dead / "i1-1").mkdir()

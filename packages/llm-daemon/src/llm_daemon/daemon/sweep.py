@@ -25,10 +25,10 @@ def sweep(runtime: Path, own: str) -> int:
         nonce = folder.name.removeprefix("g-")
         if nonce == own or not _is_dead(folder):
             continue
-        if any(folder.iterdir()):  # a clean end leaves the folder empty: nothing to look for
-            ended += kill_tagged(GEN_TAG, nonce)
-            if not cgroup.sweep(folder):
-                continue
+        # An empty folder proves nothing: whoever cleared it may have been killed before an escaped child was.
+        ended += kill_tagged(GEN_TAG, nonce)
+        if not cgroup.sweep(folder):
+            continue
         shutil.rmtree(folder, ignore_errors=True)
     for stale in runtime.glob("[sh].????????????????"):
         if stale.name[2:] != own:
