@@ -85,8 +85,16 @@ class EngineConformance:
             path.write_bytes(file.read(os.path.getsize(model_path) // 2))
         return str(path), "load"
 
+    @pytest.fixture
+    def engine_config(self) -> Mapping[str, Any]:
+        """For a table that only a fixture can make."""
+        return self.config
+
     @pytest.fixture(autouse=True)
-    def _setting(self, tmp_path: Path, generation: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def _setting(
+        self, engine_config: Mapping[str, Any], tmp_path: Path, generation: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        self.config = engine_config
         self.engine = make_adapter(self.adapter, self.config)
         self.places: dict[str, tuple[str, int]] = {}  # TCP addresses by folder
         where = self.engine.locate(self.config)
