@@ -51,14 +51,17 @@ class MlxLm:
         return _words.diagnose(exit_status, last_words)
 
     def plan(self, spec: Spec, where: Location, grant: Grant) -> Plan:
-        """Its id for the model is the path, and it would look on the hub for any other."""
+        """Its id for the model is the path, and it would look on the hub for any other.
+
+        It loads in a thread: when that fails, the server lives on and never answers.  Its list of models wants a hub cache.
+        """
         argv = (
             *where.argv, "-m", "mlx_lm", "server", "--model", grant.model_path, "--host", grant.host, "--port", str(grant.port),
             "--log-level", "INFO", *grant.args,
         )  # fmt: skip
         first = {"model": grant.model_path, "prompt": "Hi", "max_tokens": 1}
         return Plan(
-            argv, Tcp(grant.host, grant.port), env={"HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1"},
-            warm_up=Probe(COMPLETIONS, body=json.dumps(first).encode()), served_id=grant.model_path,
+            argv, Tcp(grant.host, grant.port), env={"HF_HUB_OFFLINE": "1", "HF_HUB_CACHE": ".", "PYTHONUNBUFFERED": "1"},
+            warm_up=Probe(COMPLETIONS, body=json.dumps(first).encode()), fatal="Exception in thread", served_id=grant.model_path,
             deaf=frozenset({CHAT, COMPLETIONS}), slots=grant.parallel,
         )  # fmt: skip
