@@ -78,7 +78,7 @@ def boot_id() -> str:
 def power() -> str:
     """`mains`, `battery`, or "" where there is no battery."""
     try:
-        battery = psutil.sensors_battery()  # type: ignore[no-untyped-call]
+        battery = psutil.sensors_battery()
     except (AttributeError, OSError):
         battery = None
     return "" if battery is None else "mains" if battery.power_plugged else "battery"
@@ -96,7 +96,7 @@ def mhz() -> float | None:
         found = psutil.cpu_freq()
     except (OSError, NotImplementedError, RuntimeError):
         return None
-    return round(found.current) if found is not None and found.current else None
+    return round(found.current) if found and found.current else None
 
 
 def temperature() -> float | None:

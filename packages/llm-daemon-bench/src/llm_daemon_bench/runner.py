@@ -72,7 +72,7 @@ def prepare(suite: Suite, finder: Finder, problem: Callable[[str, str], None]) -
 
 @dataclass(slots=True)
 class Summary:
-    """`trials` were run now, `kept` were there before; `lost` targets with their reasons; `out_of_time`: the budget was used up."""
+    """`trials` were run now, `kept` were there before; `lost` targets with their reasons; `out_of_time`: no time left."""
 
     trials: int = 0
     kept: int = 0
@@ -108,7 +108,7 @@ class Runner:
         self._starter = servers.Starter(suite, logs)
 
     def run(self) -> Summary:
-        """Everything that is not on the disk yet.  Raises MachineError when results cannot be written; servers are stopped then, too."""
+        """Everything that is not on the disk yet.  Raises MachineError when results cannot be written; no server is left then."""
         self.watcher.planned({name: sum(1 for _ in self._missing(name)) for name in self.ready})
         self.summary.kept = sum(plan.total(self.suite, r.target) for r in self.ready.values()) - sum(
             1 for name in self.ready for _ in self._missing(name)
@@ -146,7 +146,10 @@ class Runner:
 
     def _visit(self, visit: Visit) -> None:
         ready = self.ready[visit.target.id]
-        fresh = lambda job: job.key(ready.identity) not in self.writer.done  # noqa: E731
+
+        def fresh(job: Job) -> bool:
+            return job.key(ready.identity) not in self.writer.done
+
         cold = plan.cold_starts(self.suite, visit) if visit.first == 1 else []
         todo = [job for job in plan.jobs(self.suite, visit, self.seed) if fresh(job)]
         for start, job in enumerate(cold, 1):
@@ -214,9 +217,18 @@ class Runner:
         rss, pss = memory_mib(tree(server.pids()))
         self.writer.launch(
             Launch(
-                **self._names(visit), key=self._launch_key(visit, start), start=start, process=server.name, first=first, at=up.at,
-                argv=server.argv, cp=dict(server.cp), res=Resources(rss_mib=rss, pss_mib=pss), env=up.env, error=error,
-            )  # fmt: skip
+                **self._names(visit),
+                key=self._launch_key(visit, start),
+                start=start,
+                process=server.name,
+                first=first,
+                at=up.at,
+                argv=server.argv,
+                cp=dict(server.cp),
+                res=Resources(rss_mib=rss, pss_mib=pss),
+                env=up.env,
+                error=error,
+            )
         )
 
     def _names(self, visit: Visit) -> dict[str, Any]:
@@ -242,9 +254,7 @@ class Runner:
         target = visit.target
         self.watcher.doing(target.id, f"launch {visit.launch}, {'warm-up' if job.warmup else job.case.id} {job.repeat}")
         key = job.key(self.ready[target.id].identity)
-        record = Trial(
-            **self._names(visit), key=key, case=job.case.id, repeat=job.repeat, cache=job.cache, warmup=job.warmup
-        )
+        record = Trial(**self._names(visit), key=key, case=job.case.id, repeat=job.repeat, cache=job.cache, warmup=job.warmup)
         parts, streams = Bench(self.suite, target, up.server).run(job.case, record, job.cache)
         gone = up.server.gone() if any(p.error for p in parts) else None
         if gone is not None:
@@ -277,9 +287,14 @@ class Runner:
         nonce = plan.digest(self.session.id, name, visit.launch, time.time())
         self.writer.launch(
             Launch(
-                **self._names(visit), key=f"failed-{nonce}", at=time.time(), argv=error.argv, cp=error.cp, error=str(error),
+                **self._names(visit),
+                key=f"failed-{nonce}",
+                at=time.time(),
+                argv=error.argv,
+                cp=error.cp,
+                error=str(error),
                 last_words=error.words[-2000:],
-            )  # fmt: skip
+            )
         )
         said = error.words.splitlines()[-1:] or [""]
         self.watcher.problem(name, f"launch {visit.launch}: {error}" + (f"; it said: {said[0][:200]}" if said[0] else ""))

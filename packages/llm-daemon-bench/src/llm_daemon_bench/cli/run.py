@@ -38,7 +38,9 @@ from ..runner import Ready, Runner, Summary, prepare
 @click.option("--case", "cases", multiple=True, metavar="GLOB", help="Only these cases.")
 @click.option("--trials", type=click.IntRange(1), metavar="N", help="Trials of each case in a launch, instead of the suite's.")
 @click.option("--launches", type=click.IntRange(1), metavar="N", help="Launches of each target, instead of the suite's.")
-@click.option("--max-minutes", type=click.FloatRange(0, min_open=True), metavar="M", help="Stop after that long; it can be resumed.")
+@click.option(
+    "--max-minutes", type=click.FloatRange(0, min_open=True), metavar="M", help="Stop after that long; it can be resumed."
+)
 @click.option("--plain", is_flag=True, help="Lines instead of bars.")
 @json_option
 @quiet_option
@@ -92,14 +94,26 @@ def _ended(about: results.Session, summary: Summary, lost: dict[str, str]) -> re
 
 
 def _tell(
-    folder: Path, about: results.Session, summary: Summary, lost: dict[str, str], ready: dict[str, Ready], json_: bool, quiet: bool
+    folder: Path,
+    about: results.Session,
+    summary: Summary,
+    lost: dict[str, str],
+    ready: dict[str, Ready],
+    json_: bool,
+    quiet: bool,
 ) -> int:
     if json_:
         as_json(
             {
-                "session": about.id, "folder": str(folder), "trials": summary.trials, "kept": summary.kept, "errors": summary.errors,
-                "targets": sorted(ready), "lost": lost, "out_of_time": summary.out_of_time,
-            }  # fmt: skip
+                "session": about.id,
+                "folder": str(folder),
+                "trials": summary.trials,
+                "kept": summary.kept,
+                "errors": summary.errors,
+                "targets": sorted(ready),
+                "lost": lost,
+                "out_of_time": summary.out_of_time,
+            }
         )
     elif not quiet:
         kept = f", {summary.kept} kept from before" if summary.kept else ""
