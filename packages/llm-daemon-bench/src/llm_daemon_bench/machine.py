@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import psutil
 
@@ -92,6 +93,7 @@ def conditions() -> Conditions:
 
 def mhz() -> float | None:
     """Mean clock of the cores."""
+    found: Any = None  # None on some machines, whatever the stubs say
     try:
         found = psutil.cpu_freq()
     except (OSError, NotImplementedError, RuntimeError):

@@ -25,6 +25,7 @@ from .trial import Bench, first_token, slot_free
 
 FAILURES = 2  # launches in a row that never got ready, until a target is given up
 DEATHS = 3  # in one launch
+DYING_S = 1.0  # for a server that broke a connection off to be seen dead
 
 
 class Watcher(Protocol):
@@ -128,6 +129,9 @@ class Runner:
                     except NotReady as e:
                         self._not_ready(visit, e)
                 self._stop_all()
+        for name in () if self.summary.out_of_time else self.ready:
+            if name not in self.summary.lost and (left := sum(1 for _ in self._missing(name))):
+                self.summary.lost[name] = f"{left} of its trials could not be held"
         return self.summary
 
     def _late(self) -> bool:
@@ -160,13 +164,20 @@ class Runner:
                 if start < len(cold):
                     self._stop(visit.target.id)
         for job in todo:
-            if self._over(visit):
+            up = self._warm(visit, len(cold) or 1)
+            if up is None:
                 return
-            up = self._up.get(visit.target.id) or self._bring_up(visit, len(cold) or 1)
+            self._trial(visit, up, job)
+
+    def _warm(self, visit: Visit, start: int) -> Up | None:
+        """The target's server, started and warmed up if need be; None if there is no more to do here.  Raises NotReady."""
+        while not self._over(visit):
+            up = self._up.get(visit.target.id) or self._bring_up(visit, start)
             if not up.warm:
                 self._warm_up(visit, up)
-            if self._up.get(visit.target.id) is up:  # else it died over a warm-up
-                self._trial(visit, up, job)
+            if self._up.get(visit.target.id) is up:  # else it died over that
+                return up
+        return None
 
     def _over(self, visit: Visit) -> bool:
         return visit.target.id in self.summary.lost or self._late()
@@ -214,6 +225,9 @@ class Runner:
         """Measures a hang-up, and records the launch."""
         server = up.server
         server.cp["slot_free"] = slot_free(Bench(self.suite, visit.target, server))
+        gone = server.gone(DYING_S if server.cp["slot_free"].ms is None else 0.0)
+        if gone is not None:
+            error = f"the server died after a hang-up ({gone})"
         rss, pss = memory_mib(tree(server.pids()))
         self.writer.launch(
             Launch(
@@ -230,6 +244,8 @@ class Runner:
                 error=error,
             )
         )
+        if gone is not None:
+            self._died(visit, gone, "a hang-up")
 
     def _names(self, visit: Visit) -> dict[str, Any]:
         """The fields that trials and launches share."""
@@ -256,7 +272,7 @@ class Runner:
         key = job.key(self.ready[target.id].identity)
         record = Trial(**self._names(visit), key=key, case=job.case.id, repeat=job.repeat, cache=job.cache, warmup=job.warmup)
         parts, streams = Bench(self.suite, target, up.server).run(job.case, record, job.cache)
-        gone = up.server.gone() if any(p.error for p in parts) else None
+        gone = up.server.gone(DYING_S) if any(p.finish == "broken" for p in parts) else None
         if gone is not None:
             parts = [msgspec.structs.replace(p, error=f"the server died ({gone}): {p.error}") if p.error else p for p in parts]
         new = key not in self.writer.done
@@ -267,16 +283,16 @@ class Runner:
             self.summary.errors += any(p.error for p in parts)
             self.watcher.did(target.id, f"{job.case.id} {job.repeat}")
         if gone is not None:
-            self._died(visit, gone, job)
+            self._died(visit, gone, job.case.id)
         return parts
 
     # What goes wrong --------------------------------------------------------------------------------------------------
 
-    def _died(self, visit: Visit, how: str, job: Job) -> None:
+    def _died(self, visit: Visit, how: str, over: str) -> None:
         name = visit.target.id
         self._stop(name)
         deaths = self._deaths[name, visit.launch] = self._deaths.get((name, visit.launch), 0) + 1
-        self.watcher.problem(name, f"the server died over {job.case.id} ({how}); it is started again")
+        self.watcher.problem(name, f"the server died over {over} ({how}); it is started again")
         if deaths >= DEATHS:
             self._lose(name, f"its server died {deaths} times in launch {visit.launch}, last {how}")
 

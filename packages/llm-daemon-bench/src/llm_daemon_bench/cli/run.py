@@ -76,7 +76,7 @@ def command(
             except KeyboardInterrupt:
                 display.problem(folder.name, f"stopped; `llm-daemon bench run {suite_file} --resume` goes on")
                 raise
-            lost = {t.id: "it could not be prepared" for t in suite.targets if t.id not in ready} | summary.lost
+            lost = {t.id: "its program or model is missing" for t in suite.targets if t.id not in ready} | summary.lost
             writer.session(_ended(about, summary, lost))
     return _tell(folder, about, summary, lost, ready, json_, quiet)
 
@@ -87,10 +87,10 @@ def _terminate(*_: Any) -> None:
 
 
 def _ended(about: results.Session, summary: Summary, lost: dict[str, str]) -> results.Session:
-    notes = [*about.notes, *(f"{name} was given up: {why}" for name, why in lost.items())]
+    notes = [*about.notes, *(f"{name} is not complete: {why}" for name, why in lost.items())]
     if summary.out_of_time:
         return msgspec.structs.replace(about, notes=(*notes, "stopped: the time budget was used up"))
-    return msgspec.structs.replace(about, notes=tuple(dict.fromkeys(notes)), ended=time.time())
+    return msgspec.structs.replace(about, notes=tuple(dict.fromkeys(notes)), ended=None if lost else time.time())
 
 
 def _tell(
