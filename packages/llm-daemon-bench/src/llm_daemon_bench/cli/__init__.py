@@ -22,7 +22,7 @@ class Verbs(click.Group):
     """Verbs are modules of this package, imported on demand."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
-        return list(VERBS)
+        return [*VERBS]  # once its module is imported, `list` is a verb here
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         if cmd_name not in VERBS:
