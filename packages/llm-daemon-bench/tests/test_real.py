@@ -47,7 +47,8 @@ prompt = "Lamps: 2. Give the count as JSON."
 response_schema = "schema.json"
 cold_start = true
 max_tokens = 24
-checkpoints = [ {{ id = "open", contains = "{{" }}, {{ id = "count", json_path = "$.count" }}, {{ id = "valid", schema_valid = true }} ]
+checkpoints = [
+  {{ id = "open", contains = "{{" }}, {{ id = "count", json_path = "$.count" }}, {{ id = "valid", schema_valid = true }} ]
 [[case]]
 id = "code"
 kind = "completion"

@@ -32,7 +32,7 @@ class Verbs(click.Group):
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         with formatter.section("Commands"):
-            formatter.write_dl(list(VERBS.items()))
+            formatter.write_dl([*VERBS.items()])
 
 
 @click.group("bench", cls=Verbs, epilog=ENDINGS, context_settings={"help_option_names": ["-h", "--help"]})
