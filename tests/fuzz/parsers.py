@@ -142,7 +142,7 @@ def _same(head: Head | None) -> Any:
 def form(data: bytes) -> None:
     kind, _, body = data.partition(b"\n") if data.startswith(b"multipart") else (b"multipart/form-data; boundary=x", b"", data)
     with suppress(UsageError):
-        read_form(body, kind)
+        firewall.check_form(read_form(body, kind)[1])
 
 
 def wanted(data: bytes) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import operator
 import re
+from collections.abc import Iterable
 from typing import Any
 
 import msgspec
@@ -50,6 +51,7 @@ class Suspects(msgspec.Struct, frozen=True, gc=False):
     output_config: msgspec.Raw = _ABSENT
 
 
+SUSPECTS = frozenset(Suspects.__struct_fields__)
 _fields = operator.attrgetter(*Suspects.__struct_fields__)
 _NONE = (_ABSENT,) * len(Suspects.__struct_fields__)
 
@@ -68,6 +70,28 @@ def check(found: Suspects, body: bytes, remote_media: bool = False) -> None:
         whole = _read(body)
         if isinstance(whole, dict):
             _no_fetching({key: value for key, value in whole.items() if key not in _DESCRIBING})
+
+
+def check_form(fields: Iterable[tuple[str, bytes]], remote_media: bool = False) -> None:
+    """The same of a form's fields, whose texts engines take for what a JSON body would say.
+
+    >>> check_form([("n_discard", b"0"), ("response_format", b"text")])
+    >>> check_form([("n_discard", b"-5")])
+    Traceback (most recent call last):
+    llm_daemon.errors.UsageError: n_discard must be a number from 0 to 2147483647, not -5
+    """
+    for name, value in fields:
+        text = value.decode("latin-1").strip()
+        if name in SUSPECTS:
+            raw = msgspec.json.encode(text) if name == "grammar" else value.strip()
+            try:
+                _check_fields(Suspects(**{name: msgspec.Raw(raw)}))
+            except UsageError as e:
+                if e.code == "bad_json":
+                    raise _refused(name, f"must be a number, not {text[:40]!r}") from None
+                raise
+        if not remote_media:
+            _no_fetching({name: text})
 
 
 def _check_fields(found: Suspects) -> None:

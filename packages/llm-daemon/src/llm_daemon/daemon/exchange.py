@@ -130,9 +130,7 @@ class Exchange:
         )
 
     def refuse(self, error: LlmDaemonError) -> None:
-        if self._state == "running":  # a desk that knows nothing of `abort`
-            self.abort(error)
-        elif self._state != "over":
+        if self._state == "waiting":
             self._end()
             self._give(error)
 

@@ -150,8 +150,9 @@ class Gateway:
         tls.setblocking(False)
         port = tls.getsockname()[1]
         self._servers["tls"] = await asyncio.get_running_loop().create_server(
-            lambda: Connection(self, "tls", port), sock=tls, backlog=_BACKLOG, ssl=context
-        )
+            lambda: Connection(self, "tls", port), sock=tls, backlog=_BACKLOG, ssl=context,
+            ssl_handshake_timeout=self.patience, ssl_shutdown_timeout=self.patience,
+        )  # fmt: skip
 
     def leave_port(self) -> None:
         """Accepts nobody any more on TCP; open connections stay."""
@@ -274,7 +275,8 @@ class Gateway:
         if way.kind is Kind.RELAYED or (way.kind is Kind.PASSED and request.body):
             kind = request.headers.get(b"content-type", b"")
             if kind.lower().startswith(b"multipart/"):
-                found = read_form(request.body, kind)
+                found, fields = read_form(request.body, kind)
+                firewall.check_form(fields, self._remote_media)
             elif way.kind is Kind.RELAYED or kind.lower().startswith(b"application/json"):
                 found = read_wanted(request.body)
                 firewall.check(found, request.body, self._remote_media)
