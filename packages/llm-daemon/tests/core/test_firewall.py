@@ -89,10 +89,12 @@ DEEP = b"[" * 100
 @pytest.mark.parametrize(
     "part",
     [
-        b'name="n_discard"\r\n\r\n-1', b'name="n_discard"\r\n\r\n"-1"', b'name="n_discard"\r\n\r\nmany', b"name=n_discard\r\n\r\n -1 ",
-        b'NAME = "id_slot"\r\n\r\n0', b'name="n"\r\n\r\n', b"name*=n\r\n\r\n99", b'name="n"\r\n\r\n1\r\n--x\r\nContent-Disposition: '
-        b'form-data; name="n"\r\n\r\n99', b'filename="a; name=n_discard"\r\n\r\n-1', b'name="n_discard"; filename="a"\r\n\r\n-1',
-        b'name="grammar"\r\n\r\n' + b"(" * 100, b'name="json_schema"\r\n\r\n ' + DEEP, b'name="tools"\r\n\r\n{"pattern":"' + DEEP,
+        b'name="n_discard"\r\n\r\n-1', b'name="n_discard"\r\n\r\n"-1"', b'name="n_discard"\r\n\r\nmany',
+        b"name=n_discard\r\n\r\n -1 ", b'NAME = "id_slot"\r\n\r\n0', b'name="n"\r\n\r\n', b"name*=n\r\n\r\n99",
+        b'name="n"\r\n\r\n1\r\n--x\r\nContent-Disposition: form-data; name="n"\r\n\r\n99',
+        b'filename="a; name=n_discard"\r\n\r\n-1', b'name="n_discard"; filename="a"\r\n\r\n-1',
+        b'name="grammar"\r\n\r\n' + b"(" * 100, b'name="json_schema"\r\n\r\n ' + DEEP,
+        b'name="tools"\r\n\r\n{"pattern":"' + DEEP + b'"}',
         b'name="image_url"\r\n\r\nhttp://10.0.0.1/', b'name="file"\r\n\r\n file:///etc/passwd',
     ],
 )  # fmt: skip

@@ -9,6 +9,7 @@ import socket
 from collections.abc import Callable, Generator
 from contextlib import closing
 from dataclasses import dataclass, field
+from functools import partial
 from time import monotonic
 from typing import Any
 from urllib.parse import urlsplit
@@ -112,7 +113,7 @@ def _open(lease: Any, path: str, body: dict[str, Any]) -> tuple[http.client.HTTP
     for last in (False, True):
         place = urlsplit(lease.base_url)  # attaches again if the daemon is gone
         connection = http.client.HTTPConnection(place.hostname or "", place.port, timeout=SILENCE)
-        connection.response_class = _patient(lambda: _check(lease, place.hostname or "", place.port))
+        connection.response_class = _patient(partial(_check, lease, place.hostname or "", place.port))
         try:
             headers = {"Authorization": f"Bearer {lease.api_key}", "Content-Type": "application/json"}
             connection.request("POST", place.path + path, json.dumps(body), headers)
