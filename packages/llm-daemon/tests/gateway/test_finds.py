@@ -14,7 +14,8 @@ import pytest
 from llm_daemon.core import firewall
 from llm_daemon.core.openai import read_wanted
 from llm_daemon.daemon.gateway import Ask, Route, Turn
-from llm_daemon.daemon.http1 import Answers, ResponseReader
+from llm_daemon.daemon.heads import Answers
+from llm_daemon.daemon.http1 import ResponseReader
 from llm_daemon.errors import RemoteProtocolError, UsageError
 
 from .fakes import BODY, CHAT, Client, World, until_gone

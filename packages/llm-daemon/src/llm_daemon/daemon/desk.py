@@ -23,8 +23,9 @@ from .route import Route
 
 if TYPE_CHECKING:
     from .app import Daemon
-    from .exchange import Ask, Exchange, Turn
+    from .exchange import Exchange
     from .process import EngineProcess
+    from .turn import Ask, Turn
 
 log = logging.getLogger("llm_daemon")
 RECORD_AFTER = 0.02  # seconds from the end of a request to its record

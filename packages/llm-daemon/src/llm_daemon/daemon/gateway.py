@@ -25,11 +25,14 @@ from ..core.openai import read_form, read_wanted
 from ..core.routes import ASIDE, INTERACTIVE, REGULAR, Kind, Route as Way, find, is_open, known
 from ..errors import LlmDaemonError, Unavailable, UsageError
 from .connection import Connection
-from .exchange import Ask, Exchange, Turn, Visit, report
+from .exchange import Exchange, report
 from .guard import Guard
-from .http1 import Heads, Request
+from .heads import Heads
+from .http1 import Request
 from .route import Route
+from .turn import Ask, Turn
 from .upstream import Pool
+from .visit import Visit
 
 __all__ = ["Ask", "Desk", "Exchange", "Gateway", "Route", "Turn"]
 

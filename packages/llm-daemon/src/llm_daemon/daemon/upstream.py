@@ -18,7 +18,8 @@ from time import monotonic
 from typing import Protocol, cast
 
 from ..errors import LlmDaemonError, RemoteProtocolError
-from .http1 import Answers, Head, ResponseReader
+from .heads import Answers
+from .http1 import Head, ResponseReader
 
 LET_GO = 5.0  # seconds an engine that confirms may need to let go of a request; then its connection is torn down
 _BACKLOG_WAIT = 5.0  # seconds to go on knocking while the engine's accept queue is full (cpp-httplib's holds 5)
