@@ -38,7 +38,13 @@ def test_a_long_silence_is_borne_while_the_daemon_lives(
 ) -> None:
     monkeypatch.setattr(ask, "SILENCE", 0.02)
     daemon.events.insert(begun, {"pause": True})
-    looked = threading.Thread(target=lambda: [daemon.looks.acquire() for _ in range(3)] and daemon.go_on.set())
+
+    def wait_for_looks() -> None:
+        for _ in range(3):
+            daemon.looks.acquire()
+        daemon.go_on.set()
+
+    looked = threading.Thread(target=wait_for_looks)
     looked.start()
     assert cli("run", "smollm2-135m", "hi").out == "Because of light.\n"
     looked.join()

@@ -185,7 +185,12 @@ def test_a_client_that_never_reads_the_rest_of_its_last_answer_is_let_go(run: An
             (connection,) = w.gateway.connections
             connection.transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
             forget = w.gateway.forget
-            w.gateway.forget = lambda one: (forget(one), gone.set())
+
+            def forgotten(one: Any) -> None:
+                forget(one)
+                gone.set()
+
+            w.gateway.forget = forgotten
 
             async def script(call: EngineCall) -> None:
                 await call.answer(b"x" * 40_000)

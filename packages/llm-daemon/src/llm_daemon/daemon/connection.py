@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from collections.abc import Iterable
+from contextlib import suppress
 from functools import partial
 from typing import TYPE_CHECKING, cast
 
@@ -273,7 +274,8 @@ class Connection(asyncio.Protocol):
         self._forget_waiting()
         if lingers and self.transport.can_write_eof():
             # The client may still be sending; closing now would reset the connection and lose it our answer.
-            self.transport.write_eof()
+            with suppress(OSError):  # reset, and the standard loop has not told us yet
+                self.transport.write_eof()
             self._linger = asyncio.get_running_loop().call_later(_LINGER, self.transport.abort)
         else:
             self.transport.close()
