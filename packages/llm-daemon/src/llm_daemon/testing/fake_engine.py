@@ -108,7 +108,8 @@ class FakeEngine:
             fatal="(?m)^error: " if scenario.get("gives_up") else "", probes=(Probe(guarded=guarded),),
             warm_up=chat if scenario.get("while_loading") == "ready" else None,
             stop=Stop(scenario.get("grace", self.grace), Probe(last) if last else None),
-            assembled=STREAMS if late == "nonstream" else frozenset(), deaf=STREAMS if late == "deaf" else frozenset(), confirms_hangup=late is not True,
+            assembled=STREAMS if late == "nonstream" else frozenset(),
+            deaf=STREAMS if late == "deaf" else frozenset(), confirms_hangup=late is not True,
             served_id=grant.alias if scenario.get("strict_model") else None, routes=None if only is None else frozenset(only),
         )  # fmt: skip
 
