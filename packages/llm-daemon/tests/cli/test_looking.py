@@ -327,7 +327,10 @@ class Weak(Here):
     name = "weak"
 
     def weaknesses(self, version: str) -> list[Advisory]:
-        known = [Advisory("CVE-1", "reads memory", fixed=(1, 1), blunted="nobody reaches it"), Advisory("CVE-2", "old", fixed=(0, 9))]
+        known = [
+            Advisory("CVE-1", "reads memory", fixed=(1, 1), blunted="nobody reaches it"),
+            Advisory("CVE-2", "old", fixed=(0, 9)),
+        ]
         return fitting(known, number(version))
 
 
@@ -335,7 +338,9 @@ def test_known_weaknesses_of_an_engine_are_told(cli: Cli, two_engines: None, mon
     assert findings(cli)["engine weaknesses"] == [("ok", "no published one fits the versions found")]
     from importlib import metadata
 
-    monkeypatch.setattr(metadata, "entry_points", lambda group: [type("Point", (), {"name": "weak", "load": lambda self: Weak})()])
+    monkeypatch.setattr(
+        metadata, "entry_points", lambda group: [type("Point", (), {"name": "weak", "load": lambda self: Weak})()]
+    )
     found = findings(cli)["engine weaknesses"]
     assert found == [("warn", "weak 1.0 (PATH) has CVE-1: reads memory (here nobody reaches it)")]
     assert "hint: install weak 1.1 or later" in cli("doctor").out

@@ -52,7 +52,11 @@ def serve(folder: Path, *argv: str) -> subprocess.Popen[str]:
         (["serve", "/m", "--port"], 2, "argument --port: expected one argument"),
         (["serve", "/m", "/n"], 2, "unrecognized arguments: /n"),
         (["chat", "/m"], 2, "unrecognized arguments: chat"),
-        (["serve", "/no/such/folder", "--port", "0"], 1, "FileNotFoundError: Cannot find model /no/such/folder, directory does not exist"),
+        (
+            ["serve", "/no/such/folder", "--port", "0"],
+            1,
+            "FileNotFoundError: Cannot find model /no/such/folder, directory does not exist",
+        ),
     ],
 )
 def test_a_stand_in_is_as_strict_as_the_program(tmp_path: Path, argv: list[str], status: int, words: str) -> None:
@@ -70,7 +74,7 @@ def test_a_model_that_is_not_whole(tmp_path: Path) -> None:
 
 def test_sigterm_waits_for_an_answer_and_then_ends_as_recorded(tmp_path: Path) -> None:
     (tmp_path / "model").mkdir()
-    (tmp_path / "model" / "whole").touch()
+    (tmp_path / "model" / "weights").write_text("whole\n")
     with serve(tmp_path, "serve", str(tmp_path / "model"), "--port", "0") as program:
         assert program.stderr is not None
         line = next(line for line in program.stderr if "Uvicorn running on" in line)

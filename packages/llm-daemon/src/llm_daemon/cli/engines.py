@@ -79,7 +79,9 @@ def look(config: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
         if isinstance(place, Location):
             about |= {"version": place.version, "origin": place.origin, "argv": list(place.argv)}
             about["hang_up"] = measured.find(known, name, place.version, place.argv[0])
-            about["weaknesses"] = [asdict(a) for a in getattr(registry.get(name), "weaknesses", lambda version: ())(place.version)]
+            about["weaknesses"] = [
+                asdict(a) for a in getattr(registry.get(name), "weaknesses", lambda version: ())(place.version)
+            ]
         else:
             about |= {"reason": place.reason, "hint": place.hint}
         out.append(about)

@@ -48,6 +48,16 @@ def fitting(advisories: Iterable[Advisory], version: Version) -> list[Advisory]:
     return [a for a in advisories if version and a.since <= version < a.fixed]
 
 
+def warning(found: Iterable[Advisory]) -> str:
+    """One line for `Location.warning`; empty if there are none.
+
+    >>> warning([Advisory("CVE-1", "reads memory", fixed=(1, 2)), Advisory("CVE-2", "stops it", fixed=(0, 9))])
+    'known weaknesses: CVE-1 (reads memory; mended in 1.2), CVE-2 (stops it; mended in 0.9)'
+    """
+    texts = [f"{a.id} ({a.text}; mended in {'.'.join(map(str, a.fixed))})" for a in found]
+    return "known weaknesses: " + ", ".join(texts) if texts else ""
+
+
 # llama.cpp counts its builds; the first member of its versions is the build here.
 _LLAMA_CPP = (
     Advisory(
@@ -68,10 +78,12 @@ def llama_cpp(version: str) -> list[Advisory]:
 
     >>> [a.id for a in llama_cpp("1 (build 8000, abc)")]
     ['CVE-2026-43631, CVE-2026-43632', 'CVE-2026-27940']
-    >>> llama_cpp("11434 (5d3a7b8)"), llama_cpp("2026.10.11549"), llama_cpp("unknown")
+    >>> llama_cpp("11434 (5d3a7b8)"), llama_cpp("2026.10.11549"), llama_cpp("0.5.0-dev (build 1, commit 0c1e570)")
     ([], [], [])
     """
     named = (
-        re.search(r"build (\d+)", version) or re.fullmatch(r"\d{4}\.\d+\.(\d{4,})", version) or re.match(r"b?(\d{4,})\b", version)
+        re.search(r"build (\d{4,})", version)
+        or re.fullmatch(r"\d{4}\.\d+\.(\d{4,})", version)
+        or re.match(r"b?(\d{4,})\b", version)
     )
     return fitting(_LLAMA_CPP, (int(named[1]),) if named else ())

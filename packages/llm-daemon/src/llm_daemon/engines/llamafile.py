@@ -15,10 +15,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ..errors import UsageError
+from ..spec import Spec
 from . import _llamacpp
 from ._llamafile_zip import APE, Contents, look, runnable
-from .advisories import Advisory, fitting, number
-from .base import BAD_MODEL, Grant, Location, Missing
+from .advisories import Advisory, fitting, number, warning
+from .base import BAD_MODEL, Grant, Location, Missing, Plan, Probe, Tcp
 
 _HINT = (
     "a .llamafile with weights in it needs nothing more: llm-daemon run /path/to/it.llamafile; for GGUF files get the runtime "
@@ -100,13 +101,27 @@ class Llamafile:
             return BAD_MODEL, f"{found[0].strip()} (APE files need no binfmt handler, or Cosmopolitan's own)"
         return _llamacpp.diagnose(exit_status, last_words)
 
+    def plan(self, spec: Spec, where: Location, grant: Grant) -> Plan:
+        """From 0.10 on it checks a key; before, there is nothing but the port that nobody else was told."""
+        keyed = number(where.version) >= (0, 10)
+        known = flags(where.argv, _mtime(where.argv[-1]))
+        return Plan(
+            tuple(command(where.argv, grant, grant.host, str(grant.port), known)), Tcp(grant.host, grant.port),
+            # Its own configuration file is looked for below XDG_CONFIG_HOME: in the private folder there is none.
+            env={"XDG_CONFIG_HOME": ".", **({"LLAMA_API_KEY": grant.key} if keyed else {})},
+            headers=(("Authorization", f"Bearer {grant.key}"),) if keyed else (),
+            # /health is open to everybody, so it would not show that the key is checked.
+            probes=(Probe("/v1/models", guarded=True) if keyed else Probe(),),
+            slots=grant.parallel, assembled=_llamacpp.ASSEMBLED,
+        )  # fmt: skip
+
     def weaknesses(self, version: str) -> list[Advisory]:
         return fitting(_OLD, number(version))
 
 
 def command(program: Sequence[str], grant: Grant, host: str, port: str, known: frozenset[str]) -> list[str]:
     """The command line.  `known` are the long flags of this build: 0.9 lacks some, 0.10 has no --nobrowser."""
-    contents = None if grant.model_path.endswith(".gguf") else look(grant.model_path)
+    contents = None if _llamacpp.accepts(grant.model_path) is None else look(grant.model_path)
     if isinstance(contents, str):
         raise UsageError(contents, code=BAD_MODEL)
     # Given always: arguments that come without `...` are dropped as soon as there are others.
@@ -146,15 +161,22 @@ def _located(path: str, origin: str, contents: Contents | None = None) -> Locati
     try:
         with open(path, "rb") as f:
             ape = contents.ape if contents else f.read(len(APE)) == APE
-        mtime = os.stat(path).st_mtime_ns
     except OSError as e:
         return Missing(f"{path} cannot be read: {e.strerror}", _HINT)
     argv = ("/bin/sh", path) if ape else (path,)
+    mtime = _mtime(path)
     version = _version(argv, mtime)
     if version is None:
         return Missing(f"{path} does not tell its version within 5 s", f"try it: {' '.join(argv)} --version; {_HINT}")
     flags(argv, mtime)  # remembered for `plan`, which must not block
-    return Location(argv, version, origin)
+    return Location(argv, version, origin, warning(fitting(_OLD, number(version))))
+
+
+def _mtime(path: str) -> int:
+    try:
+        return os.stat(path).st_mtime_ns
+    except OSError:
+        return 0
 
 
 @functools.lru_cache(maxsize=64)

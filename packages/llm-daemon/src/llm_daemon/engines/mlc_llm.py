@@ -13,8 +13,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ..spec import Spec
-from . import _package, _symptoms
-from .base import BAD_MODEL, Grant, Location, Missing
+from . import _package, _words
+from .base import BAD_MODEL, OUT_OF_MEMORY, Grant, Location, Missing, Plan, Probe, Stop, Tcp
 
 CONFIG = "mlc-chat-config.json"
 # Names of the wheels on MLC's own index; what other indexes have under these names is empty.
@@ -27,7 +27,7 @@ _LOCAL_BATCH = 4  # requests at once in its mode `local`, without compiling anew
 _SYMPTOMS = (
     (BAD_MODEL, r"Cannot find model |Cannot find .*mlc-chat-config\.json|`model_lib` you passed in is not a file"),
     (BAD_MODEL, r"Cannot find compilation output|tensor-cache\.json|ndarray-cache\.json|ValidationError"),
-    *_symptoms.PYTHON,
+    (OUT_OF_MEMORY, r"Insufficient GPU memory"),
 )
 _REFUSED = {
     flag: why
@@ -83,8 +83,19 @@ class MlcLlm:
                 return f"{override.partition('=')[0]} is set by the daemon: use {option}"
         return None
 
+    def plan(self, spec: Spec, where: Location, grant: Grant) -> Plan:
+        return Plan(
+            tuple(command(where.argv, spec, grant, grant.host, str(grant.port))), Tcp(grant.host, grant.port),
+            env={"MLC_DOWNLOAD_CACHE_POLICY": "OFF"},  # engines stay offline
+            probes=(Probe("/v1/models"),),  # it has no /health
+            # uvicorn waits for open answers without end, and takes a second SIGTERM for the first.
+            stop=Stop(grace=0.9), stall=300.0, slots=grant.parallel,
+            served_id=grant.model_path,  # it has no other name, and puts into answers whatever was asked for
+            drop=frozenset({"user"}),  # it takes this for the request's id: two of one user would be one
+        )  # fmt: skip
+
     def diagnose(self, exit_status: int | None, last_words: str) -> tuple[str, str]:
-        return _symptoms.read(_SYMPTOMS, exit_status, last_words)
+        return _words.diagnose(exit_status, last_words, _SYMPTOMS)
 
 
 def command(program: Sequence[str], spec: Spec, grant: Grant, host: str, port: str) -> list[str]:

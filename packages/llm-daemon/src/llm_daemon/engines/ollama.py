@@ -18,13 +18,12 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from ..spec import Spec
-from . import _symptoms
-from .advisories import Advisory, fitting, number
-from .base import ADDRESS, BAD_MODEL, CRASHED, OUT_OF_MEMORY, Grant, Location, Missing
+from . import _words
+from .advisories import Advisory, fitting, number, warning
+from .base import ADDRESS, BAD_MODEL, CRASHED, OUT_OF_MEMORY, Grant, Location, Missing, Plan, Stop
 
 HOST = os.path.join(os.path.dirname(os.path.abspath(__file__)), "_ollama_host.py")
 DEFAULT = "http://127.0.0.1:11434"
-SCHEME = "ollama:"
 _INSTALL = "curl -fsSL https://ollama.com/install.sh | sh (some 2 GB with its GPU libraries, MIT), then: ollama serve"
 _WEAKNESSES = (
     Advisory("CVE-2024-28224", "web pages reach its whole API by DNS rebinding", fixed=(0, 1, 29)),
@@ -61,31 +60,41 @@ class Ollama:
         if host in ("127.0.0.1", "::1", "localhost") and listens(port) is False:
             return Missing(f"no Ollama listens at {url}", "ollama serve" if program else _INSTALL)
         version = _version(program, os.stat(program).st_mtime_ns) if program else "unknown"
-        return Location((sys.executable, "-I", "-S", HOST, url), version, url)
+        weak = warning(fitting(_WEAKNESSES, number(version)))
+        return Location((sys.executable, "-I", "-S", HOST, url), version, url, weak)
 
     def accepts(self, path: str) -> str | None:
         """
-        >>> Ollama().accepts("ollama:llama3.2:1b"), Ollama().accepts("/m.gguf")
+        >>> Ollama().accepts("llama3.2:1b"), Ollama().accepts("/m.gguf")
         (None, 'not a model of Ollama (ollama:NAME)')
         """
-        return None if path.startswith(SCHEME) else "not a model of Ollama (ollama:NAME)"
+        return None if _NAME.fullmatch(path) else "not a model of Ollama (ollama:NAME)"
 
     def refuse(self, args: Sequence[str]) -> str | None:
         return f"{args[0]} is not passed on: Ollama takes its settings from variables of its own" if args else None
 
+    def plan(self, spec: Spec, where: Location, grant: Grant) -> Plan:
+        """`slots` is how many requests are passed on at once; what Ollama itself serves at once is OLLAMA_NUM_PARALLEL."""
+        argv = tuple(command(where.argv, spec, grant))
+        return Plan(argv, grant.socket, stop=Stop(grace=4.0), stall=300.0, slots=grant.parallel, served_id=grant.model_path)
+
     def diagnose(self, exit_status: int | None, last_words: str) -> tuple[str, str]:
         """What the host says, without its name."""
         said = "\n".join(line.removeprefix("ollama host: ") for line in last_words.splitlines())
-        kind, line = _symptoms.read(_SYMPTOMS, exit_status, said)
+        kind, line = _words.diagnose(exit_status, said, _SYMPTOMS)
         return kind, line.removeprefix("error: ")
 
     def weaknesses(self, version: str) -> list[Advisory]:
         return fitting(_WEAKNESSES, number(version))
 
 
+# registry/namespace/model:tag, of which only the model must be there (types/model/name.go).
+_NAME = re.compile(r"[A-Za-z0-9_][\w.-]*(?:/[\w][\w.-]*){0,3}(?::[\w][\w.-]*)?")
+
+
 def command(program: Sequence[str], spec: Spec, grant: Grant) -> list[str]:
     """The host's command line; a context is asked for only where somebody wished for one."""
-    argv = [*program, grant.model_path.removeprefix(SCHEME), grant.socket]
+    argv = [*program, grant.model_path, grant.socket]
     return argv if spec.wish.context is None else [*argv, str(grant.context)]
 
 

@@ -14,10 +14,12 @@ import subprocess
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from . import _symptoms
-from .base import ADDRESS, BAD_FLAG, BAD_MODEL, MISSING_LIBRARY, OUT_OF_MEMORY, Grant, Location, Missing
+from ..spec import Spec
+from . import _words
+from .base import ADDRESS, BAD_FLAG, BAD_MODEL, MISSING_LIBRARY, OUT_OF_MEMORY, Grant, Location, Missing, Plan, Probe, Tcp
 
 GRAPH = "graph.pbtxt"
+MODEL = "model"  # what it calls the one that it serves
 _HINT = (
     "curl -L https://github.com/openvinotoolkit/model_server/releases/latest/download/ovms_ubuntu24.tar.gz | tar xz, "
     "then put ovms/bin on PATH and ovms/lib on LD_LIBRARY_PATH (some 500 MB, Apache-2.0); "
@@ -88,8 +90,16 @@ class OpenVino:
                 return f"{flag} is not passed on: {reason}"
         return None
 
+    def plan(self, spec: Spec, where: Location, grant: Grant) -> Plan:
+        return Plan(
+            tuple(command(where.argv, grant, grant.host, str(grant.port), MODEL)),
+            Tcp(grant.host, grant.port, rebinds=False),  # not known: the port is let go of right before the start
+            probes=(Probe("/v2/health/ready"),), stall=300.0, slots=grant.parallel, served_id=MODEL,
+            paths={route: "/v3" + route.removeprefix("/v1") for route in self.routes},
+        )  # fmt: skip
+
     def diagnose(self, exit_status: int | None, last_words: str) -> tuple[str, str]:
-        return _symptoms.read(_SYMPTOMS, exit_status, last_words)
+        return _words.diagnose(exit_status, last_words, _SYMPTOMS)
 
 
 def command(program: Sequence[str], grant: Grant, host: str, port: str, name: str) -> list[str]:
@@ -113,6 +123,6 @@ def _version(path: str, mtime: int) -> tuple[str, str]:
     except OSError as e:
         return "", e.strerror or str(e)
     if done.returncode:
-        return "", _symptoms.read(_SYMPTOMS, done.returncode, done.stdout)[1]
+        return "", _words.diagnose(done.returncode, done.stdout, _SYMPTOMS)[1]
     found = re.search(r"OpenVINO Model Server (\S+)", done.stdout)
     return (found[1] if found else "unknown"), ""

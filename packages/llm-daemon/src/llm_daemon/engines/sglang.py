@@ -13,8 +13,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ..spec import Spec
-from . import _package, _symptoms
-from .base import BAD_MODEL, OUT_OF_MEMORY, Grant, Location, Missing
+from . import _package, _words
+from .base import BAD_MODEL, OUT_OF_MEMORY, Grant, Location, Missing, Plan, Probe, Stop, Tcp
 
 _HINT = (
     "on a machine with an NVIDIA GPU: python -m pip install sglang (with PyTorch for CUDA some 10 GB, Apache-2.0); "
@@ -22,6 +22,7 @@ _HINT = (
 )
 # What the drivers of NVIDIA and AMD make; its wheels compute on nothing else.
 DEVICES = ("/dev/nvidiactl", "/dev/kfd")
+EMBEDDING = frozenset({"/v1/embeddings", "/v1/rerank"})
 _SYMPTOMS = (
     (OUT_OF_MEMORY, r"Not enough memory|Please try to increase --mem-fraction-static|out of memory"),
     (
@@ -29,7 +30,6 @@ _SYMPTOMS = (
         r"is not supported for now|Unrecognized model in|does not appear to have a file named|SafetensorError"
         r"|Cannot find any model weights",
     ),
-    *_symptoms.PYTHON,
 )
 _REFUSED = {
     flag: why
@@ -99,8 +99,23 @@ class Sglang:
                 return f"{flag} is not passed on: {reason}"
         return None
 
+    def plan(self, spec: Spec, where: Location, grant: Grant) -> Plan:
+        """With `--is-embedding` among the user's flags it embeds and ranks, else it generates."""
+        embeds = "--is-embedding" in grant.args
+        return Plan(
+            tuple(command(where.argv, spec, grant, grant.host, str(grant.port))), Tcp(grant.host, grant.port),
+            env={"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"},
+            # /health computes a token and takes a second; older releases have no /ready.
+            probes=(Probe("/ready"), Probe("/health")),
+            # It drains without end, and looks every 5 s whether it was told to stop; killed, it may leave memory on the GPU.
+            stop=Stop(grace=8.0, request=Probe("/abort_request", body=b'{"abort_all": true}')), stall=300.0, slots=grant.parallel,
+            # It looks for a hang-up each 4 s, for streams at each chunk.
+            assembled=frozenset({"/v1/chat/completions", "/v1/completions"}),
+            routes=EMBEDDING if embeds else self.routes - EMBEDDING,
+        )  # fmt: skip
+
     def diagnose(self, exit_status: int | None, last_words: str) -> tuple[str, str]:
-        return _symptoms.read(_SYMPTOMS, exit_status, last_words)
+        return _words.diagnose(exit_status, last_words, _SYMPTOMS)
 
 
 def command(program: Sequence[str], spec: Spec, grant: Grant, host: str, port: str) -> list[str]:

@@ -23,7 +23,7 @@ import _fake_server as fake  # type: ignore[import-not-found, unused-ignore]
 
 TOKEN, LOAD = 0.002, 0.05  # seconds: for each token, and to load
 TOKENS = 3000  # what it says if nobody limits it
-WHOLE = b"whole\n"  # the end of a model file that can be loaded, or the name of a file in such a folder
+WHOLE = b"whole\n"  # the end of a model file that can be loaded, or of the largest one in such a folder
 
 
 def end(entry: dict[str, Any], **words: str) -> None:
@@ -83,8 +83,9 @@ class Replay(fake.Server):  # type: ignore[misc, unused-ignore]
             "ignores_disconnect": False if plain == 0 else "nonstream",
         }
         alias = value(recording.get("alias", {}), flags, words) or self.model
-        slots = value(recording.get("slots", {}), flags, words) or str(recording.get("slots", {}).get("default", 1))
-        super().__init__(scenario, {"--alias": alias, "--socket": "", "--slots": slots})
+        slots = value(recording.get("slots", {}), flags, words)
+        slots = recording.get("slots", {}).get("values", {}).get(slots, slots) or recording.get("slots", {}).get("default", 1)
+        super().__init__(scenario, {"--alias": alias, "--socket": "", "--slots": str(slots)})
 
     # -- life --
 
@@ -100,13 +101,12 @@ class Replay(fake.Server):  # type: ignore[misc, unused-ignore]
             return
         if not os.path.exists(self.model):
             end(model["absent"], model=self.model)
-        if os.path.isdir(self.model):
-            whole = os.path.exists(os.path.join(self.model, WHOLE.decode().strip()))
-        else:
-            with open(self.model, "rb") as f:
-                whole = f.read().endswith(WHOLE)
-        if not whole:
-            end(model["broken"], model=self.model)
+        weights = self.model
+        if os.path.isdir(weights):
+            weights = max((entry.path for entry in os.scandir(weights)), key=os.path.getsize, default=os.devnull)
+        with open(weights, "rb") as f:
+            if not f.read().endswith(WHOLE):
+                end(model["broken"], model=self.model)
 
     def listen(self) -> None:
         if self.address.endswith(".sock"):
@@ -174,6 +174,13 @@ class Replay(fake.Server):  # type: ignore[misc, unused-ignore]
             if self.leaving and not self.active:
                 os.kill(os.getpid(), signal.SIGTERM)  # its handler runs in the main thread, and now leaves
 
+    def turned_away(self, client: socket.socket, path: str, headers: dict[str, str]) -> bool:
+        key = self.recording.get("key")
+        if not key or path in key["open"] or headers.get("authorization") == f"Bearer {os.environ.get(key['env'])}":
+            return False
+        self.reply(client, key["status"], key["body"], {})
+        return True
+
     def find(self, method: str, path: str, request: dict[str, Any]) -> dict[str, Any] | None:
         for entry in self.recording["exchanges"]:
             asked = entry["request"]
@@ -192,7 +199,8 @@ class Replay(fake.Server):  # type: ignore[misc, unused-ignore]
         model = self.alias if self.recording.get("answers_as") == "alias" else request.get("model")
         return {
             "model": model, "alias": self.alias, "loaded": next(iter(self.loaded), None), "created": 1_790_000_000,
-            "id": f"{number:08x}", "prompt_tokens": 3, "completion_tokens": 0, "total_tokens": 3, "text": "", "finish": None,
+            "id": f"{number:08x}", "embeddings": embeddings(request.get("input")), "text": "", "finish": None,
+            "prompt_tokens": 3, "completion_tokens": 0, "total_tokens": 3,
         }  # fmt: skip
 
     def converse(self, client: socket.socket, entry: dict[str, Any], request: dict[str, Any], number: int) -> None:
@@ -208,11 +216,10 @@ class Replay(fake.Server):  # type: ignore[misc, unused-ignore]
         for word in self.words(client, request):
             said.append(word)
             words |= {"text": word, "completion_tokens": len(said), "total_tokens": 3 + len(said)}
+            if stream and len(said) == 1 and "begin" in entry["chunks"]:
+                self.event(client, json.dumps(shape(entry["chunks"]["begin"], {**words, "text": ""})))
             if stream:
-                shapes = entry["chunks"]
-                self.event(
-                    client, json.dumps(shape(shapes.get("first", shapes["each"]) if len(said) == 1 else shapes["each"], words))
-                )
+                self.event(client, json.dumps(shape(entry["chunks"]["each"], words)))
         words["finish"] = finish
         if not stream:
             self.reply(client, entry["status"], shape(entry["body"], {**words, "text": "".join(said)}), entry.get("headers", {}))
@@ -260,6 +267,13 @@ def shape(template: Any, words: dict[str, Any]) -> Any:
     if isinstance(template, str) and template.startswith("="):
         return words[template[1:]]
     return fill(template, {k: str(v) for k, v in words.items()}) if isinstance(template, str) else template
+
+
+def embeddings(texts: Any) -> list[dict[str, Any]]:
+    """One vector for each text, the same for the same."""
+    known = [texts] if isinstance(texts, str) else texts if isinstance(texts, list) else []
+    vectors = [[len(str(text)) / 100, sum(map(ord, str(text))) % 97 / 100] for text in known]
+    return [{"object": "embedding", "embedding": vector, "index": i} for i, vector in enumerate(vectors)]
 
 
 def main(path: str, argv: list[str]) -> None:

@@ -14,19 +14,21 @@ Its keys; `source` in each part is `{"kind", "version", "where"}`, where kind is
 - `command`: `lead` words, `positional` arguments, `flags` (values taken: 0, 1, or a list of the allowed ones), and how it ends
   for an `unknown`, `incomplete` or `wrong` one
 - `address`: the flags of host and `port`, or `env`, a variable HOST:PORT; `taken`: how it ends when somebody has it
-- `model`, `alias`, `slots`: by which `flag` or `positional` each is given; `absent`, `broken`: how it ends for such a model
+- `model`, `alias`, `slots`: by which `flag` or `positional` each is given (`slots` with a `default`, or `values` for
+  each value of the flag); `absent`, `broken`: how it ends for such a model
+- `key`: `env`, the variable that it is given in; `open` paths that do not want it; `status` and `body` for those without it
 - `answers_as`: `alias` or `request`, whose name of the model stands in answers
 - `loading`, `ready`: whether it listens while loading, with what `status` and `body`; lines on stderr
 - `hangup`: `stream`, `plain`: seconds until it notices; null if it does not
 - `stop`: SIGTERM: `exit` or `signal`, lines, and whether it `waits_for_requests` first
 - `exchanges`: `request` (`method`, `path`, `json` it must have, `needs` keys, model `loaded` or not), `status`, `headers`,
-  `body`, `effect` on what is loaded; for generated text `chunks` (`headers`, `first`, `each`, `last`, `usage`, `done`)
+  `body`, `effect` on what is loaded; for generated text `chunks` (`headers`, `begin`, `each`, `last`, `usage`, `done`)
 - `not_found`: the answer to everything else
 
-A model is whole, for a stand-in, if its file ends in `whole` and a line feed, or its folder has a file of that name.
+A model is whole, for a stand-in, if its file, or the largest one in its folder, ends in `whole` and a line feed.
 
 In bodies `"=name"` stands for a value: `model`, `alias`, `text`, `created`, `id`, `finish`, `prompt_tokens`, `completion_tokens`,
-`total_tokens`, `loaded`; in texts `{name}` does.
+`total_tokens`, `loaded`, `embeddings` (a list of objects); in texts `{name}` does.
 """
 
 from __future__ import annotations
@@ -47,7 +49,7 @@ FOLDER = Path(__file__).with_name("recordings")
 SERVER = Path(__file__).with_name("_replay_server.py")
 FORMAT = 1
 # The parts that must name their source.
-SOURCED = ("program", "questions", "command", "address", "model", "loading", "hangup", "stop", "exchanges", "not_found")
+SOURCED = ("program", "key", "questions", "command", "address", "model", "loading", "hangup", "stop", "exchanges", "not_found")
 
 
 def names() -> list[str]:
