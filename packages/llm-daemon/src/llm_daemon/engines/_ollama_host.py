@@ -179,7 +179,7 @@ class Host:
                 writer, 200 if self.ready else 503, {"status": "ok"} if self.ready else {"error": {"message": "Loading model"}}
             )
             return
-        if not path.startswith(ALLOWED):
+        if not path.startswith(ALLOWED) or ".." in path or "%" in path:  # Ollama would tidy them up to another
             answer(writer, 404, {"error": {"message": f"{path} is not relayed to Ollama", "type": "not_found_error"}})
             return
         kept = [h for h in headers.split(b"\r\n") if h and not h.lower().startswith((b"connection:", b"host:"))]
