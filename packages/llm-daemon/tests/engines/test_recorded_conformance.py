@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from llm_daemon.engines.base import Plan
+from llm_daemon.engines.registry import Registry
 from llm_daemon.testing import replay
 from llm_daemon.testing.conformance import EngineConformance
 
@@ -74,6 +78,38 @@ class TestLlamafileWithGguf(Recorded):
         path = tmp_path / "model.gguf"
         path.write_bytes(b"GGUF" + WHOLE)
         return str(path)
+
+
+class TestLlamafileWithWeightsInside(Recorded):
+    """The model file is the engine; the registry finds it there."""
+
+    adapter = "llm_daemon.engines.llamafile:Llamafile"
+    recording = "llamafile-0.10.3"
+
+    @pytest.fixture
+    def prepared(self, tmp_path: Path) -> None:
+        self.config = {"path": self.bundle(tmp_path / "whole", WHOLE)}
+
+    def bundle(self, folder: Path, weights: bytes) -> str:
+        folder.mkdir()
+        path = Path(replay.install(self.recording, folder)["path"]).rename(folder / "model.llamafile")
+        with zipfile.ZipFile(path, "a") as archive:
+            archive.writestr("weights.gguf", b"GGUF" + weights)
+            archive.writestr(".args", "-m\n/zip/weights.gguf\n--temp\n0.6\n...\n")
+        return str(path)
+
+    @pytest.fixture
+    def model_path(self) -> str:
+        return str(self.config["path"])
+
+    @pytest.fixture
+    def broken_model(self, tmp_path: Path) -> tuple[str, str]:
+        return self.bundle(tmp_path / "broken", WHOLE[:-3]), "not within the file bounds"
+
+    def planned(self, model: str, **options: Any) -> Plan:
+        _, self.where = Registry({}).choose(model)
+        assert self.where.origin == "the model file itself"
+        return super().planned(model, **options)
 
 
 class TestOllama(Recorded):

@@ -99,14 +99,11 @@ class Replay(fake.Server):  # type: ignore[misc, unused-ignore]
         model = self.recording.get("model")
         if not model:
             return
-        if not os.path.exists(self.model):
+        data = weights(self.model)
+        if data is None:
             end(model["absent"], model=self.model)
-        weights = self.model
-        if os.path.isdir(weights):
-            weights = max((entry.path for entry in os.scandir(weights)), key=os.path.getsize, default=os.devnull)
-        with open(weights, "rb") as f:
-            if not f.read().endswith(WHOLE):
-                end(model["broken"], model=self.model)
+        elif not data.endswith(WHOLE):
+            end(model["broken"], model=self.model)
 
     def listen(self) -> None:
         if self.address.endswith(".sock"):
@@ -240,6 +237,23 @@ class Replay(fake.Server):  # type: ignore[misc, unused-ignore]
         )
         head = f"HTTP/1.1 {status} {fake.REASONS.get(status, 'Status')}\r\n{lines}Content-Length: {len(data)}\r\n\r\n"
         self.tell(client, head.encode() + data, whole=True)
+
+
+def weights(path: str) -> bytes | None:
+    """The model's file, the largest of its folder, or what lies in the program's own zip archive; None if it is not there."""
+    if path.startswith("/zip/"):
+        import zipfile
+
+        with zipfile.ZipFile(os.environ["REPLAY_PROGRAM"]) as archive:
+            name = path.removeprefix("/zip/")
+            return archive.read(name) if name in archive.namelist() else None
+    if os.path.isdir(path):
+        path = max((entry.path for entry in os.scandir(path)), key=os.path.getsize, default=os.devnull)
+    try:
+        with open(path, "rb") as f:
+            return f.read()
+    except OSError:
+        return None
 
 
 def listening(where: dict[str, Any], flags: dict[str, str]) -> tuple[str, int]:

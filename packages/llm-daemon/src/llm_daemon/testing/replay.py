@@ -90,7 +90,7 @@ def install(name: str, folder: Path) -> dict[str, str]:
     run = shlex.join([sys.executable, "-I", "-S", str(SERVER), str(path)])
     # An APE file is also a shell script: its magic begins an assignment that ends after the binary header.
     begin = "MZqFpD='\n'\n" if program["form"] == "ape" else "#!/bin/sh\n"
-    target.write_text(f'{begin}exec {run} "$@"\n')
+    target.write_text(f'{begin}REPLAY_PROGRAM="$0" exec {run} "$@"\n')
     target.chmod(0o755)
     return {"path": str(target)}
 
