@@ -117,21 +117,6 @@ def command(program: Sequence[str], spec: Spec, grant: Grant, host: str, port: s
     return argv + args
 
 
-def weights_bytes(folder: str) -> int | None:
-    """Bytes of the weights in an MLC folder, as the list of its shards says; None if it says nothing.
-
-    What the engine adds: the cache of keys and values, and temporary buffers (`python -m mlc_llm.cli.model_metadata LIB
-    --mlc-chat-config F --memory-only` prints both for a compiled library).
-    """
-    for name in ("tensor-cache.json", "ndarray-cache.json"):
-        try:
-            with open(os.path.join(folder, name), "rb") as f:
-                return sum(int(record["nbytes"]) for record in json.load(f)["records"])
-        except (OSError, ValueError, KeyError, TypeError):
-            continue
-    return None
-
-
 def _overrides(args: Sequence[str]) -> tuple[list[str], list[str]]:
     """(the user's overrides, the other arguments).
 
