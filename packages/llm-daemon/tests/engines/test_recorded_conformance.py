@@ -22,10 +22,10 @@ class Recorded(EngineConformance):
     natural = 1.6
 
     @pytest.fixture
-    def prepared(self, tmp_path: Path) -> None:
+    def engine_config(self, tmp_path: Path) -> dict[str, str]:
         folder = tmp_path / "program"
         folder.mkdir()
-        self.config = replay.install(self.recording, folder)
+        return replay.install(self.recording, folder)
 
 
 class TestMlcLlm(Recorded):
@@ -51,11 +51,11 @@ class TestSglang(Recorded):
     recording = "sglang-0.5.23"
 
     @pytest.fixture
-    def prepared(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def engine_config(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
         folder = tmp_path / "program"
         folder.mkdir()
-        self.config = replay.install(self.recording, folder)
         monkeypatch.setattr("llm_daemon.engines.sglang.DEVICES", (str(folder),))
+        return replay.install(self.recording, folder)
 
     @pytest.fixture
     def model_path(self, tmp_path: Path) -> str:
@@ -87,8 +87,8 @@ class TestLlamafileWithWeightsInside(Recorded):
     recording = "llamafile-0.10.3"
 
     @pytest.fixture
-    def prepared(self, tmp_path: Path) -> None:
-        self.config = {"path": self.bundle(tmp_path / "whole", WHOLE)}
+    def engine_config(self, tmp_path: Path) -> dict[str, str]:
+        return {"path": self.bundle(tmp_path / "whole", WHOLE)}
 
     def bundle(self, folder: Path, weights: bytes) -> str:
         folder.mkdir()
@@ -99,8 +99,8 @@ class TestLlamafileWithWeightsInside(Recorded):
         return str(path)
 
     @pytest.fixture
-    def model_path(self) -> str:
-        return str(self.config["path"])
+    def model_path(self, engine_config: dict[str, str]) -> str:
+        return engine_config["path"]
 
     @pytest.fixture
     def broken_model(self, tmp_path: Path) -> tuple[str, str]:
@@ -119,10 +119,9 @@ class TestOllama(Recorded):
     recording = "ollama-00188139"
 
     @pytest.fixture
-    def prepared(self) -> Iterator[None]:
+    def engine_config(self) -> Iterator[dict[str, str]]:
         with replay.serve(self.recording) as url:
-            self.config = {"url": url}
-            yield
+            yield {"url": url}
 
     @pytest.fixture
     def model_path(self) -> str:

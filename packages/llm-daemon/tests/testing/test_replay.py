@@ -40,7 +40,7 @@ def test_a_recording_without_a_source_is_refused(tmp_path: Path, change: dict[st
 
 
 def serve(folder: Path, *argv: str) -> subprocess.Popen[str]:
-    python = replay.install("mlc-llm-78b6cdb", folder)["python"]
+    python = replay.install("mlc-llm-78b6cdb", folder)["path"]
     return subprocess.Popen([python, "-m", "mlc_llm", *argv], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 

@@ -11,8 +11,9 @@ _SYMPTOMS = (
     (ADDRESS, r"[Aa]ddress already in use|EADDRINUSE|[Ff]ailed to bind|couldn't bind|could not bind|cannot bind"),
     (MISSING_LIBRARY, r"ModuleNotFoundError|ImportError|cannot open shared object file|error while loading shared libraries"),
     (BAD_FLAG, r"unrecognized arguments|invalid choice|error: argument |[Nn]o such option|[Uu]nknown (flag|option|argument)"),
+    (BAD_MODEL, r"error loading model|SafetensorError|corrupted or incomplete"),
     (OUT_OF_MEMORY, r"[Oo]ut of memory|OutOfMemoryError|MemoryError|std::bad_alloc|[Ii]nsufficient memory"),
-    (BAD_MODEL, r"SafetensorError|[Ff]ailed to load (the )?(model|GGUF)|error loading model|No safetensors found"),
+    (BAD_MODEL, r"[Ff]ailed to load (the )?(model|GGUF)|No safetensors found"),
     (BAD_MODEL, r"[Ii]nvalid (magic|GGUF|model)|load_safetensors|does not appear to have a file named|[Uu]nsupported model"),
     (BAD_MODEL, r"FileNotFoundError: .*\.(safetensors|gguf|json|bin)|Model type .* not supported|incomplete metadata"),
 )

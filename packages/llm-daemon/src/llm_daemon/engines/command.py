@@ -55,8 +55,8 @@ def check(table: Mapping[str, Any]) -> tuple[str, str] | None:
     """(key, what is wrong with it) in a table whose values have the right types; None if nothing is.
 
     >>> check({"command": ["serve", "--port", "{prot}"]})
-    ('command', "there is no placeholder {prot}; there are {model} {alias} {host} {port} {socket} {context} {total_context} \
-{parallel} {threads} {key}")
+    ('command', 'there is no placeholder {prot}; there are {model} {alias} {host} {port} {socket} {context} {total_context} \
+{parallel} {threads} {key}')
     >>> check({"command": ["serve", "--port", "{port}"]}) is None
     True
     """
@@ -140,9 +140,8 @@ class Command:
         if rest[:1] == ["-m"] and len(rest) > 1 and "python" in os.path.basename(found):
             module = rest[1].partition(".")[0]
             try:
-                lacks = subprocess.run(
-                    [found, "-c", _ASKS, module], stdin=subprocess.DEVNULL, capture_output=True, timeout=5
-                ).returncode
+                asked, env = [found, "-c", _ASKS, module], {**os.environ, **self.table.get("env", {})}
+                lacks = subprocess.run(asked, env=env, stdin=subprocess.DEVNULL, capture_output=True, timeout=5).returncode
             except (OSError, subprocess.TimeoutExpired) as e:
                 return Missing(f"{found} does not run: {e}", hint)
             if lacks:
@@ -185,7 +184,7 @@ class Command:
             (*where.argv, *(text.format(**values) for text in command[1:])),
             address,
             env={name: text.format(**values) for name, text in table.get("env", {}).items()},
-            probes=tuple(Probe(path, guarded=False) for path in _list(table.get("ready", READY))),
+            probes=tuple(Probe(path) for path in _list(table.get("ready", READY))),
             warm_up=self._first_request(served or grant.alias, base) if table.get("warm_up") else None,
             stop=Stop(float(table.get("grace", 2.0))),
             stall=float(table.get("stall", 120.0)),

@@ -10,10 +10,11 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from ..spec import Spec
-from . import _package, _words
+from . import _python, _words
 from .base import BAD_MODEL, OUT_OF_MEMORY, Grant, Location, Missing, Plan, Probe, Stop, Tcp
 
 CONFIG = "mlc-chat-config.json"
@@ -21,7 +22,7 @@ CONFIG = "mlc-chat-config.json"
 _WHEELS = ("mlc-llm", "mlc-llm-cpu", "mlc-llm-nightly-cpu", "mlc-llm-cu128", "mlc-llm-nightly-cu128", "mlc-llm-rocm62")
 _HINT = (
     "python -m pip install --pre -U -f https://mlc.ai/wheels mlc-llm-nightly-cpu mlc-ai-nightly-cpu "
-    "(or -cu128 for CUDA; some GB, Apache-2.0); or set python in [engines.mlc-llm] to that of an environment that has it"
+    "(or -cu128 for CUDA; some GB, Apache-2.0); or set path in [engines.mlc-llm] to the Python of an environment that has it"
 )
 _LOCAL_BATCH = 4  # requests at once in its mode `local`, without compiling anew
 _SYMPTOMS = (
@@ -52,10 +53,8 @@ class MlcLlm:
     routes = frozenset({"/v1/chat/completions", "/v1/completions"})
 
     def locate(self, config: Mapping[str, Any]) -> Location | Missing:
-        found = _package.find("mlc_llm", _WHEELS, config, self.name, "mlc_llm")
-        if isinstance(found, str):
-            return Missing(found, _HINT)
-        return Location((found.python, "-m", "mlc_llm", "serve"), found.version, found.origin)
+        found = _python.locate(config, "mlc_llm", "mlc_llm", _WHEELS, _HINT)
+        return found if isinstance(found, Missing) else replace(found, argv=(*found.argv, "-m", "mlc_llm", "serve"))
 
     def accepts(self, path: str) -> str | None:
         """A folder with MLC's configuration and at least one list of its weights."""
@@ -75,9 +74,8 @@ class MlcLlm:
         >>> MlcLlm().refuse(["--device", "cuda:0"]), MlcLlm().refuse(["--overrides=context_window_size=8192"])
         (None, 'context_window_size is set by the daemon: use context')
         """
-        for flag in (arg.partition("=")[0] for arg in args if arg.startswith("--")):
-            if reason := _REFUSED.get(flag):
-                return f"{flag} is not passed on: {reason}"
+        if reason := _python.refuse(args, {}, _REFUSED):
+            return reason
         for override in _overrides(args)[0]:
             if option := _OWNED.get(override.partition("=")[0]):
                 return f"{override.partition('=')[0]} is set by the daemon: use {option}"

@@ -10,15 +10,16 @@ from __future__ import annotations
 import glob
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from ..spec import Spec
-from . import _package, _words
+from . import _python, _words
 from .base import BAD_MODEL, OUT_OF_MEMORY, Grant, Location, Missing, Plan, Probe, Stop, Tcp
 
 _HINT = (
     "on a machine with an NVIDIA GPU: python -m pip install sglang (with PyTorch for CUDA some 10 GB, Apache-2.0); "
-    "or set python in [engines.sglang] to that of an environment that has it"
+    "or set path in [engines.sglang] to the Python of an environment that has it"
 )
 # What the drivers of NVIDIA and AMD make; its wheels compute on nothing else.
 DEVICES = ("/dev/nvidiactl", "/dev/kfd")
@@ -69,12 +70,12 @@ class Sglang:
     )
 
     def locate(self, config: Mapping[str, Any]) -> Location | Missing:
-        found = _package.find("sglang", ("sglang",), config, self.name, "sglang")
-        if isinstance(found, str):
-            return Missing(found, _HINT)
+        found = _python.locate(config, "sglang", "sglang", ("sglang",), _HINT)
+        if isinstance(found, Missing):
+            return found
         if not any(map(os.path.exists, DEVICES)):
             return Missing(f"sglang {found.version} is here, but no GPU is ({' or '.join(DEVICES)})", _HINT)
-        return Location((found.python, "-m", "sglang.launch_server"), found.version, found.origin)
+        return replace(found, argv=(*found.argv, "-m", "sglang.launch_server"))
 
     def accepts(self, path: str) -> str | None:
         """A GGUF file, or a folder with config.json and safetensors."""
@@ -91,13 +92,7 @@ class Sglang:
         >>> Sglang().refuse(["--mem-fraction-static", "0.5"]), Sglang().refuse(["--trust-remote-code"])
         (None, '--trust-remote-code is not passed on: it runs code that comes with the model')
         """
-        for flag in (arg.partition("=")[0] for arg in args if arg.startswith("--")):
-            # argparse takes unique beginnings of a flag too.
-            if reason := next(
-                (why for known, why in _REFUSED.items() if known == flag or (known.startswith(flag) and len(flag) > 4)), None
-            ):
-                return f"{flag} is not passed on: {reason}"
-        return None
+        return _python.refuse(args, {}, _REFUSED)
 
     def plan(self, spec: Spec, where: Location, grant: Grant) -> Plan:
         """With `--is-embedding` among the user's flags it embeds and ranks, else it generates."""

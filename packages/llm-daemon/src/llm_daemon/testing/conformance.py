@@ -86,11 +86,15 @@ class EngineConformance:
         return str(path), "load"
 
     @pytest.fixture
-    def prepared(self) -> None:
-        """What must be there before the adapter looks for its engine; may set `config`."""
+    def engine_config(self) -> Mapping[str, Any]:
+        """For a table that only a fixture can make."""
+        return self.config
 
     @pytest.fixture(autouse=True)
-    def _setting(self, prepared: None, tmp_path: Path, generation: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def _setting(
+        self, engine_config: Mapping[str, Any], tmp_path: Path, generation: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        self.config = engine_config
         self.engine = make_adapter(self.adapter, self.config)
         self.places: dict[str, tuple[str, int]] = {}  # TCP addresses by folder
         where = self.engine.locate(self.config)

@@ -80,12 +80,12 @@ def _parts(recording: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
 def install(name: str, folder: Path) -> dict[str, str]:
     """Makes the stand-in of a recording in `folder`, which must exist.
 
-    Returns what the adapter's table of the configuration needs to find it: `path`, or `python`.
+    Returns what the adapter's table of the configuration needs to find it: `path`.
     """
     recording, path = load(name), FOLDER / f"{name}.json"
     program = recording["program"]
     if program["form"] == "module":
-        return {"python": _environment(folder, program, path)}
+        return {"path": _environment(folder, program, path)}
     target = folder / program["name"]
     run = shlex.join([sys.executable, "-I", "-S", str(SERVER), str(path)])
     # An APE file is also a shell script: its magic begins an assignment that ends after the binary header.

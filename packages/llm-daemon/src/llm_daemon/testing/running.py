@@ -77,8 +77,10 @@ class Running:
             connection.request("POST", self.plan.paths.get(route, route), data, headers)
             response = connection.getresponse()
             assert response.status == 200, response.read()
-            while not response.readline().startswith(b"data: "):  # a comment keeps a connection alive
-                pass
+            line = response.readline()
+            while line and not line.startswith(b"data: "):  # a comment that keeps a connection alive
+                line = response.readline()
+            assert line, "the stream ended without an event"
             return connection, response
 
         return await asyncio.to_thread(begin)
