@@ -49,13 +49,13 @@ def convert(source: str, target: Path) -> None:
 
 
 def _config(fields: dict[str, Any]) -> dict[str, Any]:
-    get = lambda name: fields[f"llama.{name}"]  # noqa: E731
+    get = {name.removeprefix("llama."): value for name, value in fields.items()}
     return {
         "architectures": ["LlamaForCausalLM"], "model_type": "llama", "torch_dtype": "float16", "hidden_act": "silu",
-        "hidden_size": get("embedding_length"), "intermediate_size": get("feed_forward_length"),
-        "num_hidden_layers": get("block_count"), "num_attention_heads": get("attention.head_count"),
-        "num_key_value_heads": get("attention.head_count_kv"), "rms_norm_eps": float(get("attention.layer_norm_rms_epsilon")),
-        "rope_theta": float(get("rope.freq_base")), "max_position_embeddings": get("context_length"),
+        "hidden_size": get["embedding_length"], "intermediate_size": get["feed_forward_length"],
+        "num_hidden_layers": get["block_count"], "num_attention_heads": get["attention.head_count"],
+        "num_key_value_heads": get["attention.head_count_kv"], "rms_norm_eps": float(get["attention.layer_norm_rms_epsilon"]),
+        "rope_theta": float(get["rope.freq_base"]), "max_position_embeddings": get["context_length"],
         "vocab_size": len(fields["tokenizer.ggml.tokens"]), "bos_token_id": fields["tokenizer.ggml.bos_token_id"],
         "eos_token_id": fields["tokenizer.ggml.eos_token_id"],
     }  # fmt: skip

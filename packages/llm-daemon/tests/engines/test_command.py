@@ -61,7 +61,7 @@ def test_what_it_declares() -> None:
     assert odd.probes == (Probe("/up"),)
     assert odd.warm_up is not None
     assert (odd.warm_up.path, b'"/m.gguf"' in odd.warm_up.body) == ("/v3/chat/completions", True)
-    assert (odd.served_id, odd.drop, odd.slots, odd.stop.grace, odd.stall) == ("/m.gguf", {"user"}, 4, 1.0, 9.0)
+    assert (odd.served_id, odd.drop, odd.slots, odd.stop.grace, odd.stall) == ("/m.gguf", frozenset({"user"}), 4, 1.0, 9.0)
 
 
 def test_where_it_is(tmp_path: Path) -> None:

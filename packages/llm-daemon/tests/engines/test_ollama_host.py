@@ -145,7 +145,7 @@ class Scripted:
             self.loaded = None
         elif body:
             self.loaded = self.loaded or {"name": "m:latest", "context_length": 4096}
-        return 200, {"version": "1"}
+        return 200, {"version": "1", "created_at": "2026-08-20T10:00:00.987654321Z"}
 
 
 def run(loaded: dict[str, Any] | None) -> list[Any]:
@@ -161,13 +161,13 @@ def run(loaded: dict[str, Any] | None) -> list[Any]:
     return [body["keep_alive"] for path, body in server.asked if path == "/api/generate"]
 
 
-def test_a_model_that_was_there_before_us_is_given_back_its_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(time, "time", lambda: _ollama_host.when("2026-08-20T10:00:00Z"))
+def test_a_model_that_was_there_before_us_is_given_back_its_time() -> None:
     assert run(None) == ["300s", 0]
     assert run({"name": "m:latest", "expires_at": "2026-08-20T10:02:00.123456789Z"}) == ["300s", "120s"]
     assert run({"name": "m:latest", "expires_at": "2026-08-20T12:02:00.5+02:00"}) == ["300s", "120s"]
     assert run({"name": "m:latest", "expires_at": "2318-12-01T00:00:00Z"}) == ["300s", "-1s"]  # for ever
     assert run({"name": "m:latest", "expires_at": "2026-08-20T09:00:00Z"}) == ["300s", "1s"]
+    assert run({"name": "m:latest", "expires_at": "2026-08-20T12:00:00"}) == ["300s", "1s"]
     assert run({"name": "m:latest", "expires_at": "nonsense"}) == ["300s", "1s"]
 
 

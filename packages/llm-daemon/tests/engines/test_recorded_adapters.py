@@ -259,9 +259,7 @@ def test_sglang_needs_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     assert isinstance(missing, Missing)
     assert "no GPU" in missing.reason
     (tmp_path / "nvidiactl").touch()
-    assert Sglang().locate({}) == Location(
-        (sys.executable, "-m", "sglang.launch_server"), "unknown", "package sglang unknown"
-    )
+    assert Sglang().locate({}) == Location((sys.executable, "-m", "sglang.launch_server"), "unknown", "package sglang unknown")
 
 
 def test_sglang_models_and_command_line(tmp_path: Path) -> None:

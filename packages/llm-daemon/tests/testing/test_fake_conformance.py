@@ -55,7 +55,7 @@ class TestFakeOnTcp(TestFake):
 class TestFakeThatIsReadyTooSoon(TestFakeOnTcp):
     """As mlx_lm, which says 200 before it has loaded; one that cannot bind beside a reservation."""
 
-    scenario = {"tcp": "no reuse", "while_loading": "ready", "ignores_disconnect": "deaf"}  # noqa: RUF012
+    scenario = {"tcp": "no reuse", "while_loading": "ready", "ignores_disconnect": "deaf", "gives_up": True}  # noqa: RUF012
 
 
 class TestFakeThatChoosesItsPort(TestFakeOnTcp):

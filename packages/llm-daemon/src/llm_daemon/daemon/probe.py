@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import re
 import socket
 import sys
 import time
@@ -148,6 +149,7 @@ async def _poll(process: EngineProcess, plan: Plan, on_state: Callable[[str], No
                 state = "loading"
                 on_state(state)
                 pulse.silence.heard()
+        await _not_given_up(process, plan)
         if pulse.look(PROBED):
             raise _Stalled(reason)
         if time.monotonic() - began > EAGER_FOR:
@@ -171,7 +173,8 @@ async def _warm_up(process: EngineProcess, plan: Plan, first: Probe, pulse: Puls
     asking = asyncio.ensure_future(ask(process, first, plan.headers))
     try:
         while not asking.done():
-            await asyncio.wait({asking}, timeout=pulse.silence.step)
+            await asyncio.wait({asking}, timeout=min(LAZY, pulse.silence.step))
+            await _not_given_up(process, plan)
             if pulse.look(UNPROBED):
                 raise _Stalled("it does not answer its first request")
         status = asking.result()
@@ -183,6 +186,12 @@ async def _warm_up(process: EngineProcess, plan: Plan, first: Probe, pulse: Puls
     if status not in first.ready:
         raise _Failed(f"it answers its first request with {status}")
     return True
+
+
+async def _not_given_up(process: EngineProcess, plan: Plan) -> None:
+    if plan.fatal and re.search(plan.fatal, process.last_words()):
+        await asyncio.sleep(LAZY)  # the rest of what it has to say
+        raise _Failed("it has given up")
 
 
 async def ask(process: EngineProcess, probe: Probe, headers: Sequence[tuple[str, str]] = ()) -> int:

@@ -98,7 +98,7 @@ class Host:
     def __init__(self, ollama: Ollama, model: str, context: int) -> None:
         self.ollama, self.model, self.context = ollama, model, context
         self.ready = False
-        self.before: float | None = None  # when it would have been unloaded (seconds since the epoch), if it was there before us
+        self.before: float | None = None  # monotonic time when it would have been unloaded, if it was there before us
         self.route = "/api/generate"  # that loads it; for a model that only embeds it is another
 
     async def load(self) -> None:
@@ -106,9 +106,11 @@ class Host:
         try:
             _, about = await self.ollama.call("/api/version")
             log(f"Ollama {about.get('version', 'of unknown version')} at {self.ollama.url} loads {self.model}")
-            if found := await self.loaded():
-                self.before = when(str(found.get("expires_at", "")))
+            found = await self.loaded()
             status, answer = await self.keep(KEEP)
+            if found is not None:
+                left = between(str(answer["created_at"]), str(found.get("expires_at"))) if "created_at" in answer else KEEP
+                self.before = time.monotonic() + left
             if status == 400 and "does not support generate" in str(answer.get("error")):
                 self.route = "/api/embed"
                 status, answer = await self.keep(KEEP)
@@ -148,7 +150,7 @@ class Host:
         """Unloads it, unless it was there before us."""
         try:
             if self.before is not None:
-                left = self.before - time.time()
+                left = self.before - time.monotonic()
                 await self.keep(-1 if left > FOR_EVER else max(1, left))
                 return
             await self.keep(0)
@@ -213,14 +215,22 @@ def answer(writer: asyncio.StreamWriter, status: int, value: object) -> None:
     writer.write(head.encode() + b"Connection: close\r\n\r\n" + data)
 
 
-def when(text: str) -> float:
-    """Seconds since the epoch of Go's RFC 3339 time, which may have nine digits of a second; now if it is none."""
-    try:
+def between(now: str, then: str) -> float:
+    """Seconds from one of Ollama's times to another: by its clock, not by ours.  0 if one is none.
+
+    Go writes RFC 3339 with up to nine digits of a second; the digits are left out.
+    """
+    times = []
+    for text in (now, then):
         day, dot, rest = text.partition(".")
-        zone = rest.lstrip("0123456789") if dot else ""
-        return datetime.fromisoformat(day + (zone or "")).timestamp()
-    except (ValueError, OverflowError):
-        return time.time()
+        try:
+            times.append(datetime.fromisoformat(day + (rest.lstrip("0123456789") if dot else "")))
+        except ValueError:
+            return 0.0
+    try:
+        return (times[1] - times[0]).total_seconds()
+    except TypeError:  # one of them has no zone
+        return 0.0
 
 
 async def main(url: str, model: str, socket: str, context: str = "0") -> None:

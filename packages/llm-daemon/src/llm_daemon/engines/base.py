@@ -123,7 +123,8 @@ class Plan:
     size of the weights tells.
 
     *Readiness.*  `probes` are asked in order until one is not answered by 404, 405 or 501: that one decides.  `warm_up` is
-    asked once after that, and readiness waits for its answer, for engines that say they are ready before they are.
+    asked once after that, and readiness waits for its answer, for engines that say they are ready before they are.  `fatal`: a
+    pattern for the log of one that may live on though it could not load.
     `stall`: seconds that may pass while loading or answering without a byte of log or answer, a change of state, disk reads
     or CPU time used, before it counts as stuck (core/silence.py).
 
@@ -144,6 +145,7 @@ class Plan:
     memory_bytes: int | None = None
     probes: tuple[Probe, ...] = (Probe(),)
     warm_up: Probe | None = None
+    fatal: str = ""
     stop: Stop = field(default_factory=Stop)
     stall: float = 120.0
     slots: int = 1

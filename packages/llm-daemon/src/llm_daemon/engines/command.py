@@ -54,9 +54,8 @@ _ASKS = "import importlib.util, sys; sys.exit(importlib.util.find_spec(sys.argv[
 def check(table: Mapping[str, Any]) -> tuple[str, str] | None:
     """(key, what is wrong with it) in a table whose values have the right types; None if nothing is.
 
-    >>> check({"command": ["serve", "--port", "{prot}"]})
-    ('command', 'there is no placeholder {prot}; there are {model} {alias} {host} {port} {socket} {context} {total_context} \
-{parallel} {threads} {key}')
+    >>> check({"command": ["serve", "--port", "{port}"], "slots": 0})
+    ('slots', 'must be 1 or more')
     >>> check({"command": ["serve", "--port", "{port}"]}) is None
     True
     """

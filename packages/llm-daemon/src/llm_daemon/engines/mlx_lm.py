@@ -23,6 +23,7 @@ _REFUSED = {
     "--trust-remote-code": "it runs programs that come with a model",
     "--adapter-path": "the daemon names the model",
     "--log-level": "the daemon reads its log",
+    "--decode-concurrency": "the daemon decides how many it serves: use parallel",
     "-h": "it ends without serving",
     "--help": "it ends without serving",
 }
@@ -51,14 +52,17 @@ class MlxLm:
         return _words.diagnose(exit_status, last_words)
 
     def plan(self, spec: Spec, where: Location, grant: Grant) -> Plan:
-        """Its id for the model is the path, and it would look on the hub for any other."""
+        """Its id for the model is the path, and it would look on the hub for any other.
+
+        It loads in a thread: when that fails, the server lives on and answers 503.  Its list of models wants a hub cache.
+        """
         argv = (
             *where.argv, "-m", "mlx_lm", "server", "--model", grant.model_path, "--host", grant.host, "--port", str(grant.port),
-            "--log-level", "INFO", *grant.args,
+            "--decode-concurrency", str(grant.parallel), "--log-level", "INFO", *grant.args,
         )  # fmt: skip
         first = {"model": grant.model_path, "prompt": "Hi", "max_tokens": 1}
         return Plan(
-            argv, Tcp(grant.host, grant.port), env={"HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1"},
-            warm_up=Probe(COMPLETIONS, body=json.dumps(first).encode()), served_id=grant.model_path,
-            deaf=frozenset({CHAT, COMPLETIONS}), slots=grant.parallel,
+            argv, Tcp(grant.host, grant.port), env={"HF_HUB_OFFLINE": "1", "HF_HUB_CACHE": ".", "PYTHONUNBUFFERED": "1"},
+            warm_up=Probe(COMPLETIONS, body=json.dumps(first).encode()), fatal="generation thread died",
+            served_id=grant.model_path, deaf=frozenset({CHAT, COMPLETIONS}), slots=grant.parallel,
         )  # fmt: skip

@@ -41,7 +41,7 @@ class Registry:
             if (made := configured(name, table)) is not None:
                 self._adapters[name] = made
                 self.broken.pop(name, None)
-        first = [name for name in preference if name in self._adapters]
+        first = self._first = [name for name in preference if name in self._adapters]
         self.names: tuple[str, ...] = (*first, *sorted(set(self._adapters) - set(first)))
 
     def get(self, name: str) -> Adapter:
@@ -89,7 +89,8 @@ class Registry:
             raise EngineError(
                 "; ".join(f"{name}: {where.reason}" for name, where in missing),
                 code="engine_missing",
-                hint=missing[-1][1].hint,  # the embedded engine comes last, and it is the easiest to get
+                # The embedded engine comes last of those that are tried first, and it is the easiest to get.
+                hint=next((where.hint for name, where in reversed(missing) if name in self._first), missing[-1][1].hint),
             )
         if not refused:
             raise EngineError("no engine is installed", code="engine_missing", hint='pip install "llm-daemon[llamacpp]"')

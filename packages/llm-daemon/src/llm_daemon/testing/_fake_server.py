@@ -80,11 +80,21 @@ class Server:
                 time.sleep(left)
         if message := self.scenario.get("crash_while_loading"):
             os.write(2, f"error: {message}\n".encode())
+            while self.scenario.get("gives_up"):
+                signal.pause() if threading.current_thread() is threading.main_thread() else time.sleep(3600)
             os._exit(self.scenario.get("exit_code", 1))
         if number := self.scenario.get("kill_self_while_loading"):
             os.kill(os.getpid(), number)
 
     def listen(self) -> None:
+        if path := self.scenario.get("port_taken_once"):
+            try:
+                os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
+            except FileExistsError:
+                pass
+            else:
+                os.write(2, b"error: address in use, says the scenario\n")
+                os._exit(1)
         sock = socket.socket(socket.AF_UNIX if self.path else socket.AF_INET)
         try:
             if self.path:
@@ -178,6 +188,7 @@ class Server:
             self.log(f"request {number} end")
 
     def get(self, client: socket.socket, path: str) -> None:
+        self.log(f"get {path}")
         if path == "/health":
             self.send(client, 200, {"status": "ok"})
         elif path == "/v1/models":

@@ -8,6 +8,8 @@ In a daemon: `[engines.fake] adapter = "llm_daemon.testing.fake_engine:FakeEngin
 `"ready"`: says it is ready and loads in its first request |
 | `tcp` | listens on TCP: `true`; `"no reuse"`: without a reuse option; `"port 0"`: at a port that it chooses and tells |
 | `port_taken` | `"hang"`: says so and lives on when its address is taken |
+| `port_taken_once` | path of a file that the first process makes, which then ends as if its address was taken |
+| `last_request` | path that is asked before SIGTERM |
 | `guarded` | wants a key with each request |
 | `strict_model` | answers 404 to a request whose `model` is not its alias |
 | `routes` | list of the only POST routes that it has |
@@ -17,6 +19,7 @@ In a daemon: `[engines.fake] adapter = "llm_daemon.testing.fake_engine:FakeEngin
 | `never_ready` | loads for ever |
 | `hang` | accepts connections and never answers |
 | `crash_while_loading`, `exit_code` | ends after `load_seconds` with this line on stderr and this status (1) |
+| `gives_up` | after that line it lives on and never answers |
 | `kill_self_while_loading` | ends after `load_seconds` by this signal number |
 | `tokens` | what it says: list of strings, or how many to make up |
 | `token_ms`, `first_token_ms` | time before each token, and before the first one in addition |
@@ -97,13 +100,15 @@ class FakeEngine:
         )
         late, guarded = scenario.get("ignores_disconnect"), bool(scenario.get("guarded"))
         chat = Probe("/v1/completions", body=json.dumps({"model": grant.alias, "prompt": "Hi", "max_tokens": 1}).encode())
-        only = scenario.get("routes")
+        only, last = scenario.get("routes"), scenario.get("last_request")
         return Plan(
             argv, address, slots=grant.parallel, stall=scenario.get("stall", self.stall),
             env={"FAKE_ENGINE_KEY": grant.key} if guarded else {},
             headers=(("Authorization", f"Bearer {grant.key}"),) if guarded else (),
-            probes=(Probe(guarded=guarded),), warm_up=chat if scenario.get("while_loading") == "ready" else None,
-            stop=Stop(scenario.get("grace", self.grace)), assembled=STREAMS if late == "nonstream" else frozenset(),
+            fatal="(?m)^error: " if scenario.get("gives_up") else "", probes=(Probe(guarded=guarded),),
+            warm_up=chat if scenario.get("while_loading") == "ready" else None,
+            stop=Stop(scenario.get("grace", self.grace), Probe(last) if last else None),
+            assembled=STREAMS if late == "nonstream" else frozenset(),
             deaf=STREAMS if late == "deaf" else frozenset(), confirms_hangup=late is not True,
             served_id=grant.alias if scenario.get("strict_model") else None, routes=None if only is None else frozenset(only),
         )  # fmt: skip
