@@ -81,7 +81,7 @@ class Registry:
             if path is not None and (reason := adapter.accepts(path)):
                 refused.append(f"{name}: {reason}")
                 continue
-            where = self.locate(name)
+            where = (path and _inside(adapter, path)) or self.locate(name)
             if isinstance(where, Location):
                 return adapter, where
             missing.append((name, where))
@@ -95,6 +95,13 @@ class Registry:
         if not refused:
             raise EngineError("no engine is installed", code="engine_missing", hint='pip install "llm-daemon[llamacpp]"')
         raise UsageError(f"no engine can load {path} ({'; '.join(refused)})", code="bad_model")
+
+
+def _inside(adapter: Adapter, path: str) -> Location | None:
+    """The program that a model file brings along, for adapters that know such files (`inside`)."""
+    inside = getattr(adapter, "inside", None)
+    found = inside(path) if inside else None
+    return found if isinstance(found, Location) else None
 
 
 def configured(name: str, table: Mapping[str, Any]) -> Adapter | None:
