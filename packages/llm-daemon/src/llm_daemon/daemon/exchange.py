@@ -10,17 +10,17 @@ from __future__ import annotations
 import asyncio
 from contextlib import suppress
 from time import perf_counter
-from typing import TYPE_CHECKING, Protocol
-
-import msgspec
+from typing import TYPE_CHECKING
 
 from ..core.assemble import NOT_IN_STREAM, Assembler, ask_to_stream
-from ..core.openai import error_body
+from ..core.openai import error_body, rewritten
 from ..core.routes import Kind, Route as Way
-from ..errors import Bug, EngineError, LlmDaemonError, RemoteProtocolError
-from .http1 import HEAD_LIMIT, Head, Request, chunk, request_bytes
+from ..errors import Bug, EngineError, LlmDaemonError, RemoteProtocolError, UsageError
+from .http1 import HEAD_LIMIT, Head, Request
 from .route import Route
+from .turn import Ask
 from .upstream import Call
+from .written import chunk, request_bytes
 
 if TYPE_CHECKING:
     from .connection import Connection
@@ -33,41 +33,6 @@ _PASSED = (
     b"if-modified-since", b"last-event-id",
 )  # fmt: skip
 _SWITCHING = (b"sec-websocket-key", b"sec-websocket-version", b"sec-websocket-protocol", b"sec-websocket-extensions")
-
-
-class Ask(msgspec.Struct, frozen=True):
-    """A request that wants an engine.  `model` is None when it names none; `via` is `tcp`, `unix` or `tls`.
-
-    `deadline` is seconds from now until it must have begun, `keep_alive` seconds that its model stays when idle.
-    `peer` is the client's process id where the kernel tells it, else 0.
-    """
-
-    ticket: str
-    path: str
-    model: str | None
-    stream: bool
-    via: str
-    lane: str = "regular"
-    supersede: str | None = None
-    deadline: float | None = None
-    keep_alive: float | None = None
-    peer: int = 0
-
-
-class Turn(Protocol):
-    """A waiting request, as the desk sees it.  Calls that come too late (the client is gone) do nothing."""
-
-    def run(self, route: Route, loaded_for: float = 0.0) -> None:
-        """The slot is yours: relay now.  `loaded_for`: seconds of the waiting in which the model was not ready."""
-        ...
-
-    def refuse(self, error: LlmDaemonError) -> None:
-        """Ends a waiting ticket: the client gets the error, `Retry-After` from `error.data["retry_after"]`."""
-        ...
-
-    def abort(self, error: LlmDaemonError) -> None:
-        """Breaks off a running ticket: the client gets the error now, and `Desk.ended` follows when the engine has let go."""
-        ...
 
 
 class Exchange:
@@ -125,14 +90,40 @@ class Exchange:
         self._start(route, body)
 
     def _start(self, route: Route, body: bytes) -> None:
+        deaf = False
+        if not route.plain:
+            try:
+                body = self._adapted(route, body)
+            except UsageError as e:
+                self._end()
+                self._ended(False)
+                self._give(e)
+                return
+            deaf = self._is_deaf(route)
         self._call = self._gateway.pool.call(
-            route.socket, self._message(route, body), self, confirms=route.confirms, may_switch=self.request.tunnel
+            route.socket, self._message(route, body), self, confirms=route.confirms, may_switch=self.request.tunnel, deaf=deaf
         )
 
+    def _adapted(self, route: Route, body: bytes) -> bytes:
+        """The body as this engine wants it.  Raises UsageError for a request that it cannot serve."""
+        way = self._way
+        if way.kind is not Kind.RELAYED:
+            return body
+        if route.only is not None and way.path not in route.only:
+            raise UsageError(
+                f"the engine of {route.instance} does not serve {way.path}", code="not_served", status=404,
+                hint="it serves " + ", ".join(sorted(route.only)) + "; another model or engine may do what you want",
+            )  # fmt: skip
+        if way.multipart and not self.request.headers.get(b"content-type", b"").startswith(b"application/json"):
+            return body  # a form: its model is a field that no engine insists on
+        return rewritten(body, route.served_id, route.drop) if route.served_id or route.drop else body
+
+    def _is_deaf(self, route: Route) -> bool:
+        """Whether the engine would finish this answer for nobody."""
+        return self._way.path in route.deaf and not self.ask.stream and self._assembler is None
+
     def refuse(self, error: LlmDaemonError) -> None:
-        if self._state == "running":  # a desk that knows nothing of `abort`
-            self.abort(error)
-        elif self._state != "over":
+        if self._state == "waiting":
             self._end()
             self._give(error)
 
@@ -262,11 +253,11 @@ class Exchange:
     def _message(self, route: Route, body: bytes) -> bytes:
         """What the engine is asked."""
         request, way = self.request, self._way
-        memo = request.memo if self._assembler is None and not route.headers else None
+        memo = request.memo if self._assembler is None and route.plain else None
         if memo is not None and (head := memo.get(way.path)) is not None:
             return head % (len(body), body)
         given, names = request.headers, _FORWARDED
-        target, method = way.path.encode("latin-1"), b"POST"
+        target, method = route.paths.get(way.path, way.path).encode("latin-1"), b"POST"
         if way.kind is not Kind.RELAYED:
             names, method = _PASSED, request.method.encode()
             method = b"GET" if method == b"HEAD" else method  # its answer's head alone would not say where the body ends
@@ -279,6 +270,8 @@ class Exchange:
             headers += [(b"connection", b"upgrade"), (b"upgrade", b"websocket")]
         if route.headers:
             headers += [(name.encode("ascii"), value.encode("ascii")) for name, value in route.headers]
+        if not route.plain and self._is_deaf(route):
+            headers.append((b"connection", b"close"))  # its end is how we learn that the slot is free
         if memo is not None and way.kind is Kind.RELAYED:
             memo[way.path] = (
                 request_bytes(target, headers, b"", b"POST")
@@ -414,39 +407,6 @@ class Exchange:
             self._connection.write(chunk(event) + b"0\r\n\r\n" if self._chunked else event)
             keep = self._chunked
         self._connection.finished(self.request, keep=keep)
-
-
-class Visit(Exchange):
-    """A request for the admin app: it needs no ticket, wakes nobody and keeps nobody alive."""
-
-    _task: asyncio.Task[None] | None = None
-
-    def _open(self) -> None:
-        self._task = asyncio.get_running_loop().create_task(self._visit())
-
-    async def _visit(self) -> None:
-        try:
-            path = await self._gateway.desk.admin()
-        except Exception as e:
-            self.refuse(report(e))
-        else:
-            self.run(Route("", path))
-
-    def _gone(self) -> None:
-        if self._task is not None:
-            self._task.cancel()
-
-    def _aborting(self) -> None:
-        pass
-
-    def _ended(self, served: bool) -> None:
-        pass
-
-    def _lost(self, error: LlmDaemonError) -> bool:
-        return False
-
-    def _own_headers(self) -> bytes:
-        return b""
 
 
 def report(error: Exception) -> Bug:
