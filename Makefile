@@ -6,7 +6,8 @@ BIN := .venv/bin
 STAMP := .venv/.set-up
 HERE := $(shell pwd)
 PINS := requirements/dev.txt
-SETUP_FROM := $(PINS) packages/llm-daemon/pyproject.toml
+PACKAGES := packages/llm-daemon packages/llm-daemon-bench
+SETUP_FROM := $(PINS) $(PACKAGES:=/pyproject.toml)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
@@ -42,7 +43,7 @@ $(STAMP): $(SETUP_FROM)
 	@if [ "$$(cat $@ 2>/dev/null)" != '$(HERE)' ]; then $(PYTHON) -m venv --clear .venv; fi
 	@rm -f $@
 	@$(BIN)/python -m pip install -qq --no-deps --require-hashes -r $(PINS)
-	@$(BIN)/python -m pip install -qq --no-deps --no-build-isolation -e packages/llm-daemon
+	@$(BIN)/python -m pip install -qq --no-deps --no-build-isolation $(addprefix -e ,$(PACKAGES))
 	@echo '$(HERE)' >$@
 
 run: $(STAMP)
@@ -77,7 +78,8 @@ format: $(STAMP)
 # Hashes and no addresses: whoever installs uses the package index of their own configuration.
 pins: $(STAMP)
 	@$(BIN)/uv pip compile --quiet --upgrade --universal --python-version 3.11 --generate-hashes --no-header \
-	  --no-emit-index-url --no-emit-find-links --all-extras packages/llm-daemon/pyproject.toml requirements/dev.in -o $(PINS)
+	  --no-emit-index-url --no-emit-find-links --no-emit-package llm-daemon --all-extras $(PACKAGES:=/pyproject.toml) \
+	  requirements/dev.in -o $(PINS)
 
 clean:
 	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache .hypothesis build dist packages/*/dist

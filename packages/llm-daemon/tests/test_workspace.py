@@ -107,7 +107,7 @@ def test_every_entry_point_and_script_leads_somewhere() -> None:
     assert {name: engine.name for name, engine in found.items()} == {
         name: name for name in project["entry-points"]["llm_daemon.engines"]
     }
-    scripts = {e.name: e for e in metadata.entry_points(group="console_scripts") if e.value.startswith("llm_daemon")}
+    scripts = {e.name: e for e in metadata.entry_points(group="console_scripts") if e.value.startswith("llm_daemon.")}
     assert set(scripts) == {"llm-daemon", "llmd"}
     assert all(callable(s.load()) for s in scripts.values())
 

@@ -6,10 +6,12 @@ import re
 import shlex
 import subprocess
 import sys
+from importlib.metadata import EntryPoint
 
 import click
 import pytest
 
+from llm_daemon.cli import main
 from llm_daemon.cli.main import COMMANDS, cli
 
 from .conftest import Cli
@@ -25,7 +27,7 @@ def commands() -> dict[str, click.Command]:
     """Every command by the words one types, subcommands included."""
     context = click.Context(cli)
     found = {}
-    for name in cli.list_commands(context):
+    for name in COMMANDS:  # what other packages bring is for their own tests
         command = cli.get_command(context, name)
         assert command is not None
         found[name] = command
@@ -94,8 +96,17 @@ def test_unknown_command_names_the_nearest(cli: Cli, typed: str, meant: str) -> 
     assert result.err == f"llm-daemon: no command {typed!r}\n  hint: did you mean `llm-daemon {meant}`?\n"
 
 
-def test_bench_is_not_here(cli: Cli) -> None:
-    assert cli("bench").status == 2
+def test_bench_says_where_it_is_when_it_is_not_here(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(main, "added", dict)
+    result = cli("bench")
+    assert (result.status, result.err) == (2, "llm-daemon: no command 'bench'\n  hint: pip install llm-daemon-bench\n")
+
+
+def test_commands_of_other_packages_are_found_and_listed(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    point = EntryPoint("extra", "llm_daemon.cli.ps:command", "llm_daemon.commands")
+    monkeypatch.setattr(main, "added", lambda: {"extra": point})
+    assert re.search(r"^  extra +Show what runs", cli("--help").out, re.M)
+    assert cli("extra", "--help").status == 0
 
 
 @pytest.mark.parametrize(

@@ -5,13 +5,18 @@ from __future__ import annotations
 import errno
 import os
 import sys
+from functools import cache
 from importlib import import_module
 from io import TextIOWrapper
+from typing import TYPE_CHECKING
 
 import click
 
 from ..errors import Bug, LlmDaemonError, Unavailable
 from .words import clean, is_terminal
+
+if TYPE_CHECKING:
+    from importlib.metadata import EntryPoint
 
 # One line each, so that `--help` need not import the commands; a test holds them against the commands' own words.
 COMMANDS = {
@@ -39,30 +44,41 @@ ENDINGS = (
 )
 
 
+@cache
+def added() -> dict[str, EntryPoint]:
+    """Commands that other installed packages bring (entry points of the group `llm_daemon.commands`), by name."""
+    from importlib.metadata import entry_points  # only for a word that is no command of ours
+
+    return {point.name: point for point in sorted(entry_points(group="llm_daemon.commands")) if point.name not in COMMANDS}
+
+
 class Cli(click.Group):
-    """Commands are modules of this package, imported on demand."""
+    """Commands are modules of this package, imported on demand, and those that other packages bring."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
-        return list(COMMANDS)
+        return [*COMMANDS, *added()]
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         if cmd_name not in COMMANDS:
-            return None
+            return added()[cmd_name].load() if cmd_name in added() else None
         found: click.Command = import_module(f"{__package__}.{cmd_name}").command
         return found
 
     def resolve_command(self, ctx: click.Context, args: list[str]) -> tuple[str | None, click.Command | None, list[str]]:
-        if args[0] not in COMMANDS and not args[0].startswith("-"):
+        if args[0] not in COMMANDS and not args[0].startswith("-") and args[0] not in added():
             import difflib  # only now: `ps` and the like should start fast
 
             near = difflib.get_close_matches(args[0], COMMANDS, 1, 0.5)
             hint = f"did you mean `llm-daemon {near[0]}`?" if near else "`llm-daemon --help` lists the commands"
+            if args[0] == "bench":
+                hint = "pip install llm-daemon-bench"
             raise click.UsageError(f"no command {args[0]!r}\n  hint: {hint}", ctx)
         return super().resolve_command(ctx, args)
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         with formatter.section("Commands"):
-            formatter.write_dl(list(COMMANDS.items()))
+            others = [(name, point.load().get_short_help_str(90)) for name, point in added().items()]
+            formatter.write_dl([*COMMANDS.items(), *others])
 
 
 def _version(ctx: click.Context, _param: click.Parameter, value: bool) -> None:

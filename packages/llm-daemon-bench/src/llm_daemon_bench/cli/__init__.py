@@ -1,0 +1,41 @@
+"""The verbs of `llm-daemon bench`, also to be had as `llm-daemon-bench`; one file each, imported on demand."""
+
+from __future__ import annotations
+
+import sys
+from importlib import import_module
+
+import click
+
+# One line each, so that `--help` need not import the verbs; a test holds them against the verbs' own words.
+VERBS: dict[str, str] = {}
+ENDINGS = "Exit status: 0 fine, 1 a gate was not passed, 2 wrong usage, 3 the machine or a server's fault, 130 interrupted."
+
+
+class Verbs(click.Group):
+    """Verbs are modules of this package, imported on demand."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(VERBS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in VERBS:
+            return None
+        found: click.Command = import_module(f"{__package__}.{cmd_name.replace('-', '_')}").command
+        return found
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl(list(VERBS.items()))
+
+
+@click.group("bench", cls=Verbs, epilog=ENDINGS, context_settings={"help_option_names": ["-h", "--help"]})
+def command() -> None:
+    """Measure which server, model and quantization is fast enough for your cases."""
+
+
+def main(argv: list[str] | None = None) -> None:
+    """The script `llm-daemon-bench`: runs one verb and ends the process with its exit status."""
+    from llm_daemon.cli.main import main as front
+
+    front(["bench", *(sys.argv[1:] if argv is None else argv)])

@@ -1,0 +1,527 @@
+"""What a session leaves behind: `session.json`, `trials.jsonl` and `streams.jsonl.gz` in one folder.
+
+`trials.jsonl` is appended a whole trial at a time and synced to the disk, so a killed run loses the trial it was in and
+nothing else.  A trial has one line for each part (turn of a conversation, stream of a load): it counts once all are there.
+All durations are milliseconds unless a name says otherwise; `*_mib` is 2**20 bytes.
+"""
+
+from __future__ import annotations
+
+import base64
+import gzip
+import os
+import zlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import msgspec
+
+from .errors import MachineError, ResultsError
+
+SCHEMA = 1
+SESSION, TRIALS, STREAMS = "session.json", "trials.jsonl", "streams.jsonl.gz"
+
+# `start`: the very first request of a fresh server process (`cold_start` in the suite).  Cells of their own, never pooled.
+Cache = Literal["cold", "warm", "asis", "start"]
+Via = Literal["direct", "daemon"]
+# Names in `Trial.t_ms`, in the order in which they come.
+EVENTS = ("connect", "headers", "first_event", "first_token", "first_content", "last_token", "done")
+# Names in `Launch.cp`: milliseconds since the spawn, but `slot_free` since a client's hang-up.
+LIFECYCLE = ("spawned", "port_open", "ready", "first_token", "slot_free")
+
+
+class Record(msgspec.Struct, kw_only=True, frozen=True):
+    """Base of all.  Unknown fields are ignored when read: a later version may know more."""
+
+
+class ServerRef(Record):
+    """Which server application, and what it said its version is ("" if it does not tell)."""
+
+    id: str
+    version: str = ""
+
+
+class Reached(Record, omit_defaults=True):
+    """One checkpoint.  `ms`: time from t0 until it was reached, None if never; then it was looked for until `censored_ms`.
+
+    `tok`: tokens of the reply (reasoning included) that had come by then, None where they cannot be counted.
+    """
+
+    ms: float | None
+    tok: int | None = None
+    censored_ms: float | None = None
+
+
+class Check(Record, omit_defaults=True):
+    """Whether the final text was right; `why` is one line about a failure."""
+
+    passed: bool = msgspec.field(name="pass")
+    why: str = ""
+
+
+class Tokens(Record):
+    """Counts.  `cached`: prompt tokens the server did not process again.  None: nobody told.
+
+    `source` of `out`: `usage` (the server's usage block), `timings` (llama.cpp's timings), `chunks` (events with text: an
+    upper bound on time per token, not exact) or `none`.  `first`: tokens that came with the first chunk, if known.
+    """
+
+    prompt: int | None = None
+    cached: int | None = None
+    out: int | None = None
+    first: int | None = None
+    source: Literal["usage", "timings", "chunks", "none"] = "none"
+
+
+class ServerTimes(Record):
+    """What the server says of itself: milliseconds for the prompt and for all generated tokens."""
+
+    prompt: float | None = None
+    decode: float | None = None
+
+
+class Gaps(Record):
+    """Milliseconds between events with text (chunks, not tokens): median, 99th percentile (nearest rank), largest."""
+
+    n: int
+    p50: float | None = None
+    p99: float | None = None
+    max: float | None = None
+
+
+class Resources(Record):
+    """Of the server's process tree.  `cpu_s`: seconds of CPU time during this trial; `energy_j`: of the whole CPU package."""
+
+    rss_mib: float | None = None
+    pss_mib: float | None = None
+    cpu_s: float | None = None
+    vram_mib: float | None = None
+    energy_j: float | None = None
+
+
+class Conditions(Record):
+    """Of the machine just before the trial; `swap_in`: pages swapped in during it, `temp_c`: hottest CPU sensor."""
+
+    load1: float | None = None
+    mhz: float | None = None
+    temp_c: float | None = None
+    swap_in: int | None = None
+
+
+class Client(Record):
+    """What measuring cost: CPU time of this process during the trial, and the 99th percentile of its own wake-up lag."""
+
+    cpu_ms: float | None = None
+    lag_p99_ms: float | None = None
+
+
+class Trial(Record, tag_field="type", tag="trial"):
+    """One part of one trial: one case on one target in one launch, repeat `repeat` (from 1), part `part` of `parts`.
+
+    `key` names the trial (all parts share it) across resumed runs.  `target` is `server/model/quant` (and what tells
+    targets of one suite apart further).  `turn`: of the conversation, from 1.  `stream`: of a load, from 1.
+    `launch`, `round`: from 1; `process`: names the server process, for a resumed launch has a second one.
+    `at`: Unix time of t0, for the order of things only.  `late_ms`: how much later than intended an open-loop request was
+    sent; its `t_ms` count from the intended time.  `since_spawn_ms`: t0 since the server's spawn, for `cache == "start"`.
+    `t_ms`: see EVENTS; what did not happen is missing.  `cp`: by checkpoint id, those of this turn.  `cache_ok`: whether
+    the server's own count of cached tokens agrees with `cache`, None if it does not tell.  `decode_ms_per_tok`:
+    (last_token - first_token) / (out - tokens of the first chunk).  `finish`: the server's reason, `early` if we stopped at
+    the last checkpoint, `stall` after a time-out.  `error`: one line, None if all went well; such a trial is kept too.
+    """
+
+    schema: int = SCHEMA
+    key: str
+    session: str
+    target: str
+    server: ServerRef
+    via: Via = "direct"
+    model: str
+    params: str = ""
+    quant: str
+    case: str
+    turn: int = 1
+    stream: int = 1
+    part: int = 1
+    parts: int = 1
+    launch: int
+    round: int
+    repeat: int
+    process: str = ""
+    at: float = 0.0
+    cache: Cache
+    cache_ok: bool | None = None
+    warmup: bool = False
+    late_ms: float | None = None
+    since_spawn_ms: float | None = None
+    t_ms: dict[str, float] = msgspec.field(default_factory=dict)
+    cp: dict[str, Reached] = msgspec.field(default_factory=dict)
+    check: Check | None = None
+    tokens: Tokens = msgspec.field(default_factory=Tokens)
+    server_ms: ServerTimes = msgspec.field(default_factory=ServerTimes)
+    decode_ms_per_tok: float | None = None
+    gaps: Gaps | None = None
+    res: Resources = msgspec.field(default_factory=Resources)
+    env: Conditions = msgspec.field(default_factory=Conditions)
+    client: Client = msgspec.field(default_factory=Client)
+    finish: str | None = None
+    error: str | None = None
+
+
+class Launch(Record, tag_field="type", tag="launch"):
+    """One start of a target's server.  `cp`: see LIFECYCLE.  `argv` as it was run.  `start`: from 1; a launch has several
+    where several cases want to be a server's first request.  `first`: the case that was its first request, None for a short one of
+    the bench's own.  `error`: why it never got ready (then `last_words` are its last lines), or how it died.
+    """
+
+    schema: int = SCHEMA
+    key: str
+    session: str
+    target: str
+    server: ServerRef
+    via: Via = "direct"
+    model: str
+    params: str = ""
+    quant: str
+    launch: int
+    round: int
+    start: int = 1
+    process: str = ""
+    first: str | None = None
+    at: float = 0.0
+    argv: tuple[str, ...] = ()
+    cp: dict[str, Reached] = msgspec.field(default_factory=dict)
+    res: Resources = msgspec.field(default_factory=Resources)
+    env: Conditions = msgspec.field(default_factory=Conditions)
+    error: str | None = None
+    last_words: str = ""
+
+
+class Artifact(Record):
+    """The weights.  `quant_name`: what a GGUF header says; `sha256` hex, of the whole file."""
+
+    path: str
+    bytes: int | None = None
+    sha256: str | None = None
+    quant_name: str | None = None
+
+
+class TargetInfo(Record):
+    """One target as it was run.  `argv`: with `{port}` and the like left open; `command`: what a person would type."""
+
+    id: str
+    server: ServerRef
+    via: Via = "direct"
+    engine: str | None = None
+    model: str
+    params: str = ""
+    quant: str
+    artifact: Artifact | None = None
+    argv: tuple[str, ...] = ()
+    command: str = ""
+
+
+class CheckpointInfo(Record):
+    """One checkpoint as the suite has it; `text` says what it is in words (`regex 'return'`)."""
+
+    id: str
+    kind: str
+    text: str = ""
+    turn: int = 1
+    when: Literal["first", "settled"] = "first"
+    slo_ms: float | None = None
+
+
+class CaseInfo(Record):
+    """One case as the suite has it."""
+
+    id: str
+    kind: str
+    cache: Cache
+    turns: int = 1
+    cold_start: bool = False
+    streams: int = 1
+    rate: float | None = None
+    checked: bool = False
+    checkpoints: tuple[CheckpointInfo, ...] = ()
+
+
+class Machine(Record):
+    """Where it ran; None or "" where the system does not tell."""
+
+    os: str = ""
+    kernel: str = ""
+    python: str = ""
+    cpu: str = ""
+    cpu_flags: tuple[str, ...] = ()
+    cores: int | None = None
+    usable_cores: int | None = None
+    governor: str = ""
+    ram_mib: int | None = None
+    swap_mib: int | None = None
+    gpu: tuple[str, ...] = ()
+    boot_id: str = ""
+    power: str = ""
+
+
+class Session(Record):
+    """One invocation, resumed ones included.  `began`, `ended`, `resumed`: Unix times; `ended` None while unfinished.
+
+    `git`: commit of the suite's folder, with `+` if files there were changed; "" outside of git.
+    """
+
+    schema: int = SCHEMA
+    id: str
+    bench_version: str
+    suite: str
+    suite_text: str
+    suite_sha256: str
+    command: tuple[str, ...] = ()
+    git: str = ""
+    began: float
+    resumed: tuple[float, ...] = ()
+    ended: float | None = None
+    trials: int
+    launches: int
+    interleave: str = "round"
+    warmup: int = 1
+    seed: int | None = None
+    machine: Machine
+    targets: tuple[TargetInfo, ...]
+    cases: tuple[CaseInfo, ...]
+    notes: tuple[str, ...] = ()
+
+
+class Stream(Record, omit_defaults=True):
+    """The raw reply of one part of a trial: `body` as it came, `at_us[i]` after t0 its first `ends[i]` bytes were read."""
+
+    key: str
+    part: int = 1
+    at_us: tuple[int, ...]
+    ends: tuple[int, ...]
+    body_b64: str
+
+    @classmethod
+    def of(cls, key: str, part: int, chunks: Sequence[tuple[float, bytes]]) -> Stream:
+        """From (milliseconds after t0, bytes) of each read."""
+        at, ends, size = [], [], 0
+        for ms, data in chunks:
+            size += len(data)
+            at.append(round(ms * 1000))
+            ends.append(size)
+        body = base64.b64encode(b"".join(data for _, data in chunks)).decode()
+        return cls(key=key, part=part, at_us=tuple(at), ends=tuple(ends), body_b64=body)
+
+    def chunks(self) -> list[tuple[float, bytes]]:
+        """(milliseconds after t0, bytes) of each read.
+
+        >>> Stream.of("k", 1, [(1.5, b"da"), (2.25, b"ta")]).chunks()
+        [(1.5, b'da'), (2.25, b'ta')]
+        """
+        body, begins = base64.b64decode(self.body_b64), (0, *self.ends)
+        return [
+            (us / 1000, body[start:end]) for us, start, end in zip(self.at_us, begins, self.ends, strict=False)
+        ]
+
+
+_line: msgspec.json.Decoder[Trial | Launch] = msgspec.json.Decoder(Trial | Launch)
+
+
+@dataclass(frozen=True, slots=True)
+class Results:
+    """What was read: whole trials and launches in the order in which they ran, warm-ups included.
+
+    `broken`: lines at the end that a kill left unfinished.
+    """
+
+    folder: Path
+    session: Session
+    trials: list[Trial] = field(default_factory=list)
+    launches: list[Launch] = field(default_factory=list)
+    broken: int = 0
+
+    def measured(self) -> list[Trial]:
+        """Trials without warm-ups."""
+        return [t for t in self.trials if not t.warmup]
+
+    def keys(self) -> set[str]:
+        """Keys of whole trials and of launches: what a resumed run need not do again."""
+        return {t.key for t in self.trials} | {x.key for x in self.launches}
+
+
+def load(folder: str | Path) -> Results:
+    """Reads a session's folder.  Raises ResultsError, which names file and line."""
+    folder = Path(folder)
+    try:
+        session = msgspec.json.decode((folder / SESSION).read_bytes(), type=Session)
+    except OSError as e:
+        raise ResultsError(f"{folder} holds no results: {e.strerror}", hint="`llm-daemon bench list` shows what there is") from e
+    except msgspec.MsgspecError as e:
+        raise ResultsError(f"{folder / SESSION}: {e}", hint="written by another version, or broken") from e
+    if session.schema > SCHEMA:
+        raise ResultsError(f"{folder}: written by a newer version (schema {session.schema})", hint="upgrade llm-daemon-bench")
+    records, _, broken = _whole(folder / TRIALS)
+    return Results(
+        folder, session, [r for r in records if isinstance(r, Trial)], [r for r in records if isinstance(r, Launch)], broken
+    )
+
+
+def _whole(path: Path) -> tuple[list[Trial | Launch], int, int]:
+    """(records of whole trials, bytes up to the end of the last of them, lines after that)."""
+    try:
+        data = path.read_bytes()
+    except FileNotFoundError:
+        return [], 0, 0
+    except OSError as e:
+        raise ResultsError(f"cannot read {path}: {e.strerror}") from e
+    out: list[Trial | Launch] = []
+    group: list[Trial] = []
+    end = at = 0
+    lines = data.splitlines(keepends=True)
+    for number, line in enumerate(lines, 1):
+        at += len(line)
+        try:
+            record = _line.decode(line)
+        except msgspec.MsgspecError as e:
+            if number == len(lines):
+                break  # the write that a kill cut short
+            raise ResultsError(f"{path} line {number}: {e}", hint="the file was changed by hand, or by another version") from e
+        if not line.endswith(b"\n"):
+            break
+        if isinstance(record, Launch):
+            out.append(record)
+            end = at
+            continue
+        group = [*group, record] if group and group[0].key == record.key else [record]
+        if len(group) == record.parts:
+            out += group
+            group, end = [], at
+    return out, end, data[end:].count(b"\n") + (0 if data[end:].endswith(b"\n") or end == len(data) else 1)
+
+
+def read_streams(folder: str | Path) -> Iterator[Stream]:
+    """The raw replies; where a part was run twice because of a kill, the later one counts."""
+    path = Path(folder) / STREAMS
+    decoder = msgspec.json.Decoder(Stream)
+    try:
+        data = path.read_bytes()
+    except FileNotFoundError:
+        return
+    for _, raw in _members(data):
+        for line in raw.splitlines():
+            yield decoder.decode(line)
+
+
+def _members(data: bytes) -> Iterator[tuple[int, bytes]]:
+    """(end, text) of each whole gzip member."""
+    at = 0
+    while at < len(data):
+        unpack = zlib.decompressobj(wbits=31)  # 16 + 15: gzip's own header, RFC 1952
+        try:
+            text = unpack.decompress(data[at:])
+        except zlib.error:
+            return
+        if not unpack.eof:
+            return
+        at = len(data) - len(unpack.unused_data)
+        yield at, text
+
+
+class Writer:
+    """Appends to a session's folder.  One process and one thread at a time.
+
+    Opening cuts off what a kill left unfinished.  Every call returns after the data is on the disk; raises
+    MachineError (`disk_full` or `unwritable`) if it cannot be written, and then what was there before is still whole.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder)
+        self.done: set[str] = set()
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            records, end, _ = _whole(self.folder / TRIALS)
+            self._trials = _open(self.folder / TRIALS, end)
+            ends = [end for end, _ in _members(_read(self.folder / STREAMS))]
+            self._streams = _open(self.folder / STREAMS, ends[-1] if ends else 0)
+        except OSError as e:
+            raise unwritable(self.folder, e) from e
+        self.done = {record.key for record in records}
+
+    def session(self, session: Session) -> None:
+        """Writes `session.json` anew, all or nothing."""
+        path, new = self.folder / SESSION, self.folder / (SESSION + ".new")
+        try:
+            with open(new, "wb") as f:
+                f.write(msgspec.json.format(msgspec.json.encode(session), indent=1) + b"\n")
+                f.flush()
+                os.fsync(f.fileno())
+            os.replace(new, path)
+        except OSError as e:
+            raise unwritable(path, e) from e
+
+    def trial(self, parts: Sequence[Trial], streams: Sequence[Stream] = ()) -> None:
+        """Appends a whole trial, its raw replies first: a trial that counts has them."""
+        if streams:
+            packed = gzip.compress(b"".join(msgspec.json.encode(s) + b"\n" for s in streams), mtime=0)
+            self._append(self._streams, packed, STREAMS)
+        self._append(self._trials, b"".join(msgspec.json.encode(p) + b"\n" for p in parts), TRIALS)
+        self.done.update(p.key for p in parts)
+
+    def launch(self, launch: Launch) -> None:
+        self._append(self._trials, msgspec.json.encode(launch) + b"\n", TRIALS)
+        self.done.add(launch.key)
+
+    def _append(self, fd: int, data: bytes, name: str) -> None:
+        start = os.lseek(fd, 0, os.SEEK_END)
+        try:
+            view = memoryview(data)
+            while view:
+                view = view[os.write(fd, view) :]
+            os.fsync(fd)
+        except OSError as e:
+            try:
+                os.ftruncate(fd, start)
+            except OSError:
+                pass  # the next one who opens it cuts it off
+            raise unwritable(self.folder / name, e) from e
+
+    def close(self) -> None:
+        for fd in (self._trials, self._streams):
+            os.close(fd)
+
+    def __enter__(self) -> Writer:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+
+def _open(path: Path, size: int) -> int:
+    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    os.ftruncate(fd, size)
+    return fd
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except FileNotFoundError:
+        return b""
+
+
+def unwritable(path: Path, error: OSError) -> MachineError:
+    """The error to raise for results that cannot be written."""
+    import errno
+
+    full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    return MachineError(
+        f"cannot write {path}: {error.strerror}",
+        code="disk_full" if full else "unwritable",
+        hint="make room and resume: what was measured is kept" if full else "choose another folder with --out",
+    )
+
+
+def to_json(record: Record) -> Any:
+    """A record as plain dicts and lists, for `--json`."""
+    return msgspec.to_builtins(record)
