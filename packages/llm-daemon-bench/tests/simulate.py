@@ -162,7 +162,7 @@ class _Maker:
                 for case in cases:
                     if case.cold_start:
                         self.trial(target, speed, case, launch, 0, shift[target], "start")
-            for round_ in range(0, self.trials + 1):
+            for round_ in range(self.trials + 1):
                 for target in self.rng.sample(sorted(targets), len(targets)):
                     for case in cases:
                         self.trial(target, targets[target], case, launch, round_, shift[target], case.cache)
@@ -181,8 +181,16 @@ class _Maker:
         cp = {"spawned": 2.0, "port_open": ready * 0.7, "ready": ready, "first_token": ready + speed.prefill, "slot_free": 30.0}
         self.lines.append(
             msgspec.convert(
-                {**self.common(target, speed, launch), "type": "launch", "key": f"L{target}-{launch}", "round": launch,
-                 "cp": {k: Reached(ms=v) for k, v in cp.items()}}, Launch, from_attributes=True)  # fmt: skip
+                {
+                    **self.common(target, speed, launch),
+                    "type": "launch",
+                    "key": f"L{target}-{launch}",
+                    "round": launch,
+                    "cp": {k: Reached(ms=v) for k, v in cp.items()},
+                },
+                Launch,
+                from_attributes=True,
+            )  # fmt: skip
         )
 
     def trial(self, target: str, speed: Speed, case: Case, launch: int, round_: int, shift: float, cache: str) -> None:
@@ -195,14 +203,26 @@ class _Maker:
             self.lines.append(
                 msgspec.convert(
                     {
-                        **self.common(target, speed, launch), "type": "trial", "key": f"{target}-{case.id}-{cache}-{launch}-{round_}",
-                        "case": case.id, "cache": cache, "cache_ok": True, "turn": turn, "part": turn, "parts": case.turns,
-                        "round": max(round_, 1), "repeat": 1, "warmup": round_ == 0 and cache != "start",
+                        **self.common(target, speed, launch),
+                        "type": "trial",
+                        "key": f"{target}-{case.id}-{cache}-{launch}-{round_}",
+                        "case": case.id,
+                        "cache": cache,
+                        "cache_ok": True,
+                        "turn": turn,
+                        "part": turn,
+                        "parts": case.turns,
+                        "round": max(round_, 1),
+                        "repeat": 1,
+                        "warmup": round_ == 0 and cache != "start",
                         "since_spawn_ms": speed.load * shift if cache == "start" else None,
                         "error": "the server closed the connection" if dead else None,
                         **({} if dead else timing.fields(turn, self.rng)),
                         "client": Client(cpu_ms=2.0, lag_p99_ms=0.2),
-                    }, Trial, from_attributes=True)  # fmt: skip
+                    },
+                    Trial,
+                    from_attributes=True,
+                )  # fmt: skip
             )
 
 

@@ -171,7 +171,9 @@ def test_wilson_covers_what_it_says() -> None:
 
 def launches(rng: random.Random, middle: float, *, k: int = 3, n: int = 6, between: float, within: float) -> list[list[float]]:
     """k launches x n trials around `middle`, log-normal on both levels (standard deviations as shares)."""
-    return [[middle * math.exp(shift + rng.gauss(0, within)) for _ in range(n)] for shift in (rng.gauss(0, between) for _ in range(k))]
+    return [
+        [middle * math.exp(shift + rng.gauss(0, within)) for _ in range(n)] for shift in (rng.gauss(0, between) for _ in range(k))
+    ]
 
 
 @pytest.mark.parametrize(
@@ -218,7 +220,8 @@ def test_same_seed_same_interval() -> None:
 
 
 @pytest.mark.parametrize(
-    "make", [lambda rng: launches(rng, 100, k=3, between=0, within=0.05), lambda rng: launches(rng, 100, k=6, between=0.03, within=0.01)]
+    "make",
+    [lambda rng: launches(rng, 100, k=3, between=0, within=0.05), lambda rng: launches(rng, 100, k=6, between=0.03, within=0.01)],
 )
 def test_noise_floor_grows_with_the_noise(make: Callable[[random.Random], list[list[float]]]) -> None:
     data = make(random.Random(1))

@@ -92,7 +92,9 @@ def apply(info: TargetInfo, *, name: str | None = None, file: str | None = None)
     wish = wish_for(info, catalog)
     key = next((k for k in catalog if k.lower() == name.lower()), name)
     if isinstance(catalog.get(key), MutableMapping):
-        raise UsageError(f"{path}: catalog.{key} is a model of your own", code="cannot_apply", hint="choose another name with --as")
+        raise UsageError(
+            f"{path}: catalog.{key} is a model of your own", code="cannot_apply", hint="choose another name with --as"
+        )
     catalog[key] = str(wish)
     document["default_model"] = name
     return _write(path, before, tomlkit.dumps(document), name, str(wish))
@@ -135,4 +137,6 @@ def _check(written: str, path: Path) -> None:
     try:
         Catalog.load(Settings.load({}, written).catalog)
     except UsageError as e:
-        raise UsageError(e.message.replace(written, str(path)), code="bad_config", hint="nothing was changed; mend this first") from None
+        raise UsageError(
+            e.message.replace(written, str(path)), code="bad_config", hint="nothing was changed; mend this first"
+        ) from None

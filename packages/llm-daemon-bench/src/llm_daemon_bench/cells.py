@@ -252,9 +252,7 @@ def parts(cell: Cell) -> Parts | None:
     load, queue, prefill, decode = (stats.median([row[i] for row in rows]) for i in range(4))
     tokens = [float(dot.tok) for dot in cell.dots if dot.tok is not None and math.isfinite(dot.ms)]
     rates = [x for dot in cell.dots if isinstance(dot.record, Trial) and (x := dot.record.decode_ms_per_tok) is not None]
-    return Parts(
-        load, queue, prefill, decode, stats.median(tokens) if tokens else None, stats.median(rates) if rates else None
-    )
+    return Parts(load, queue, prefill, decode, stats.median(tokens) if tokens else None, stats.median(rates) if rates else None)
 
 
 def _parts_of(dot: Dot, trial: Trial) -> Iterator[tuple[float, float, float, float]]:
@@ -304,7 +302,9 @@ class Outlier:
 
 def outliers(cell: Cell) -> list[Outlier]:
     """With the conditions that differ from the cell's usual ones: load, clock, heat, swapping, the client's own lag."""
-    usual = {name: stats.median(seen) for name in CAUSES if (seen := [x for d in cell.dots if (x := _condition(d, name)) is not None])}
+    usual = {
+        name: stats.median(seen) for name in CAUSES if (seen := [x for d in cell.dots if (x := _condition(d, name)) is not None])
+    }
     return [
         Outlier(cell, dot, cls, tuple(_causes(dot, usual)))
         for dot, cls in zip(cell.dots, stats.outliers(cell.times), strict=True)

@@ -11,8 +11,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from . import cells as cells_
-from . import stats
+from . import cells as cells_, stats
 from .cells import Cell, Key, Passes
 from .results import Results
 

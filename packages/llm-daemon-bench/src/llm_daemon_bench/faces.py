@@ -26,7 +26,10 @@ def comparison_table(found: Comparison) -> Table:
             Value(percent(row.ratio.ratio) if row.ratio else f"{row.change * 100:+.0f} points"),
             Value(f"{percent(row.ratio.low)} to {percent(row.ratio.high)}" if row.ratio else "-"),
             Value("-" if row.p is None else f"{row.p:.3f}" if row.p >= 0.001 else "<0.001"),
-            Value(row.verdict if row.verdict != FEW else f"{FEW} ({row.n[0]} and {row.n[1]}; {LEAST} a side are needed)", mark=MARKS[row.verdict]),
+            Value(
+                row.verdict if row.verdict != FEW else f"{FEW} ({row.n[0]} and {row.n[1]}; {LEAST} a side are needed)",
+                mark=MARKS[row.verdict],
+            ),
             Value(row.cause),
         )
         for row in found.rows
@@ -44,7 +47,9 @@ def comparison_text(found: Comparison, *, colour: bool) -> str:
     lines = [rich(table) if colour else plain(table)]
     calls = found.calls()
     said = f"{len(calls)} of {len(found.rows)} cells differ" if calls else "no difference shown in any cell"
-    lines.append(f"{said}; changes below {found.threshold:.1%} are not called; {'paired by round' if found.paired else 'not paired'}.")
+    lines.append(
+        f"{said}; changes below {found.threshold:.1%} are not called; {'paired by round' if found.paired else 'not paired'}."
+    )
     if found.one_launch:
         lines.append("Only one launch: how much launches differ is unknown, and no interval here knows of it.")
     for key in found.missing:

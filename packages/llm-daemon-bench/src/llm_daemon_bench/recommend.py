@@ -12,13 +12,13 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from . import cells as cells_
-from . import stats
+from llm_daemon.errors import UsageError
+
+from . import cells as cells_, stats
 from .cells import START, Cell, Key, Passes
 from .compare import LEAST, tell_ms
 from .errors import ResultsError
 from .results import Results, TargetInfo, Trial
-from llm_daemon.errors import UsageError
 
 Prefer = Literal["speed", "quality", "size"]
 State = Literal["met", "missed", "undecided"]
@@ -129,9 +129,7 @@ class Advice:
 
 def wishes_of(results: Results) -> list[Slo]:
     """The suite's own: the median of each checkpoint with `slo_ms`."""
-    return [
-        Slo(c.id, None, p.id, "p50", p.slo_ms) for c in results.session.cases for p in c.checkpoints if p.slo_ms is not None
-    ]
+    return [Slo(c.id, None, p.id, "p50", p.slo_ms) for c in results.session.cases for p in c.checkpoints if p.slo_ms is not None]
 
 
 def recommend(
@@ -163,7 +161,9 @@ def recommend(
 def _check_known(slo: Slo, results: Results) -> None:
     case = next((c for c in results.session.cases if c.id == slo.case), None)
     if case is None:
-        raise UsageError(f"no case {slo.case!r}", code="bad_slo", hint="cases are " + ", ".join(c.id for c in results.session.cases))
+        raise UsageError(
+            f"no case {slo.case!r}", code="bad_slo", hint="cases are " + ", ".join(c.id for c in results.session.cases)
+        )
     points = [p.id for p in case.checkpoints]
     if slo.point is not None and slo.point not in points:
         raise UsageError(f"{slo.case} has no checkpoint {slo.point!r}", code="bad_slo", hint="it has " + ", ".join(points))
@@ -213,7 +213,9 @@ def _judge_time(slo: Slo, cell: Cell | None, observed: bool) -> Judged:
     if span.high <= limit and cell.n >= needed:
         return Judged(str(slo), "met", f"{said} <= {limit:g}")
     more = max(needed - cell.n, 1) if cell.n < needed else _more(cell.n, value, span, limit)
-    return Judged(str(slo), "undecided", f"{said}, somewhere from {tell_ms(span.low)} to {tell_ms(span.high)}; limit {limit:g}", more)
+    return Judged(
+        str(slo), "undecided", f"{said}, somewhere from {tell_ms(span.low)} to {tell_ms(span.high)}; limit {limit:g}", more
+    )
 
 
 def _more(n: int, value: float, span: stats.Interval, limit: float) -> int | None:
@@ -237,7 +239,9 @@ def _judge_share(slo: Slo, word: str, hits: int, n: int, observed: bool) -> Judg
         if high < slo.limit:
             return Judged(str(slo), "missed", f"{said}, wanted {slo.limit:.0%}")
     more = next((m for m in range(1, MOST) if _decided(hits / n, n + m, slo.limit)), None)
-    return Judged(str(slo), "undecided", f"{said}, somewhere from {span.low:.0%} to {span.high:.0%}; wanted {slo.limit:.0%}", more)
+    return Judged(
+        str(slo), "undecided", f"{said}, somewhere from {span.low:.0%} to {span.high:.0%}; wanted {slo.limit:.0%}", more
+    )
 
 
 def _decided(rate: float, n: int, limit: float) -> bool:
@@ -266,7 +270,9 @@ def slowness(cells: dict[tuple[str, Key], Cell], slos: Sequence[Slo]) -> dict[st
         for target in cells_.targets(cells):
             mine = medians.get(target, math.inf)
             if math.isfinite(best):  # what nobody reached tells nothing
-                logs.setdefault(target, []).append(math.log(max(mine, 1e-6) / max(best, 1e-6)) if math.isfinite(mine) else math.inf)
+                logs.setdefault(target, []).append(
+                    math.log(max(mine, 1e-6) / max(best, 1e-6)) if math.isfinite(mine) else math.inf
+                )
     return {target: math.exp(sum(x) / len(x)) for target, x in logs.items()}
 
 

@@ -18,7 +18,9 @@ from itertools import accumulate
 from statistics import NormalDist
 
 LEVEL = 0.95
-EXACT_RANKS = 100  # values on both sides together up to which ranks are counted out: 0.2 s there, and it grows with the fourth power
+EXACT_RANKS = (
+    100  # values on both sides together up to which ranks are counted out: 0.2 s there, and it grows with the fourth power
+)
 
 Launches = Sequence[Sequence[float]]  # one sequence of trials a launch, in the order of their rounds
 

@@ -17,9 +17,15 @@ threshold_option = click.option(
     "--threshold", metavar="PCT", type=float, default=5.0, show_default=True, help="Changes below are of no interest, in percent."
 )
 floor_option = click.option(
-    "--floor", metavar="PCT", type=float, default=0.0, help="Noise floor from `bench aa`, in percent; twice of it is the least change."
+    "--floor",
+    metavar="PCT",
+    type=float,
+    default=0.0,
+    help="Noise floor from `bench aa`, in percent; twice of it is the least change.",
 )
-within_option = click.option("--in", "within", metavar="SESSION", help="Session of targets that are named alone (default: the newest).")
+within_option = click.option(
+    "--in", "within", metavar="SESSION", help="Session of targets that are named alone (default: the newest)."
+)
 plain_option = click.option("--plain", is_flag=True, help="No colours, also on a terminal.")
 
 
@@ -38,17 +44,13 @@ plain_option = click.option("--plain", is_flag=True, help="No colours, also on a
 @floor_option
 @plain_option
 @json_option
-def command(
-    base: str, new: str, within: str | None, threshold: float, floor: float, plain: bool, json_: bool
-) -> None:
+def command(base: str, new: str, within: str | None, threshold: float, floor: float, plain: bool, json_: bool) -> None:
     """Say in which cells B is faster or slower than A.
 
     Only a change whose 95 % interval excludes none, which is as large as the threshold and which stands after Holm's
     correction over all cells is called one; all others are "no difference shown".
     """
-    found = [
-        compare(a, b, threshold=threshold / 100, floor=floor / 100) for a, b in pick.sides(base, new, within)
-    ]
+    found = [compare(a, b, threshold=threshold / 100, floor=floor / 100) for a, b in pick.sides(base, new, within)]
     show(found, plain, json_)
 
 

@@ -36,13 +36,13 @@ class Share(click.ParamType):
 )
 @click.argument("base")
 @click.argument("new")
-@click.option("--max", "most", type=Share(), default="5%", show_default=True, metavar="PCT", help="How much slower a cell may get.")
+@click.option(
+    "--max", "most", type=Share(), default="5%", show_default=True, metavar="PCT", help="How much slower a cell may get."
+)
 @within_option
 @floor_option
 @json_option
-def command(
-    base: str, new: str, most: float, within: str | None, floor: float, json_: bool
-) -> int:
+def command(base: str, new: str, most: float, within: str | None, floor: float, json_: bool) -> int:
     """Exit 1 if NEW is slower than BASE in any cell, wrong more often, lacks a cell or has too few trials to tell."""
     reasons: list[str] = []
     found = []

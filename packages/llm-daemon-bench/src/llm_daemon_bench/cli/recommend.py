@@ -55,7 +55,11 @@ class Memory(click.ParamType):
 @click.option("--slo", "slos", multiple=True, type=Wish(), metavar="WISH", help="What has to hold; may be given several times.")
 @click.option("--max-rss", type=Memory(), metavar="SIZE", help="Memory it may use at most.")
 @click.option(
-    "--prefer", type=click.Choice(get_args(Prefer)), default="speed", show_default=True, help="What ranks those that meet all wishes."
+    "--prefer",
+    type=click.Choice(get_args(Prefer)),
+    default="speed",
+    show_default=True,
+    help="What ranks those that meet all wishes.",
 )
 @click.option("--observed", is_flag=True, help="Judge by what was seen, not by the pessimistic end of its interval.")
 @click.option("--apply", "apply_", is_flag=True, help="Write the winner into llm-daemon's config: `attach` then uses it.")
@@ -97,6 +101,8 @@ def _apply(advice: Advice, name: str | None) -> dict[str, str | None]:
     from ..apply import apply
 
     if advice.winner is None:
-        raise ResultsError("there is no winner to apply", hint="`bench recommend` without --apply says why; --observed is less strict")
+        raise ResultsError(
+            "there is no winner to apply", hint="`bench recommend` without --apply says why; --observed is less strict"
+        )
     done = apply(advice.winner.info, name=name)
     return {"file": str(done.file), "name": done.name, "wish": done.wish, "backup": str(done.backup) if done.backup else None}

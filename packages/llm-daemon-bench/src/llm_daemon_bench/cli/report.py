@@ -27,8 +27,12 @@ from ..results import load, unwritable
     """,
 )
 @click.argument("session", required=False)
-@click.option("--html", "html_", type=click.Path(dir_okay=False, path_type=Path), metavar="FILE", help="Write one HTML file (- for stdout).")
-@click.option("--markdown", type=click.Path(dir_okay=False, path_type=Path), metavar="FILE", help="Write Markdown (- for stdout).")
+@click.option(
+    "--html", "html_", type=click.Path(dir_okay=False, path_type=Path), metavar="FILE", help="Write one HTML file (- for stdout)."
+)
+@click.option(
+    "--markdown", type=click.Path(dir_okay=False, path_type=Path), metavar="FILE", help="Write Markdown (- for stdout)."
+)
 @click.option("--plain", is_flag=True, help="No colours, also on a terminal.")
 @json_option
 def command(session: str | None, html_: Path | None, markdown: Path | None, plain: bool, json_: bool) -> None:

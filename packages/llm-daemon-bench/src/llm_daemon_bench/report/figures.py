@@ -7,8 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from markupsafe import Markup
 
-from .. import cells as cells_
-from .. import stats
+from .. import cells as cells_, stats
 from ..cells import Cell, Dot, Key
 from ..compare import tell_ms
 from ..results import Trial
@@ -104,7 +103,11 @@ def strip(view: View, case: str, cache: str) -> Markup:
         y = top + 19 * len(band)
         head = (f"turn {key.turn}: " if key.turn > 1 else "") + key.checkpoint
         out += [line(0, y + 3, WIDTH, y + 3, "rule"), text(0, top - 5, head, "h")]
-        out += axis.horizontal(top, y, "")[:-1] if key is keys[-1] else [line(axis.at(v), top, axis.at(v), y, "grid") for v in axis.ticks()]
+        out += (
+            axis.horizontal(top, y, "")[:-1]
+            if key is keys[-1]
+            else [line(axis.at(v), top, axis.at(v), y, "grid") for v in axis.ticks()]
+        )
         if (slo := band[0].slo_ms) is not None:
             out.append(line(axis.at(slo), top - 4, axis.at(slo), y, "slo", f"limit {slo:g} ms"))
             out.append(text(axis.at(slo) + 4, top - 5, f"limit {slo:g} ms", "n"))
@@ -112,7 +115,9 @@ def strip(view: View, case: str, cache: str) -> Markup:
             out += _dots(top + 19 * i + 10, cell, axis, view.targets.index(cell.target))
         y += 10
     out.append(text(PLOT_END, y + 5, "ms · never", "n", "end"))
-    about = "Dots are trials, the vertical stroke is the median, the band its 95 % interval; crosses at the right never reached it."
+    about = (
+        "Dots are trials, the vertical stroke is the median, the band its 95 % interval; crosses at the right never reached it."
+    )
     return picture(f"{case} [{cache}]: every trial", about, y + 14, out)
 
 
@@ -140,7 +145,9 @@ def _dots(y: float, cell: Cell, axis: Axis, index: int) -> Iterator[Markup]:
 
 def _which(d: Dot) -> str:
     r = d.record
-    return f"launch {r.launch}" + (f", round {r.round}" + (f", repeat {r.repeat}" if r.repeat > 1 else "") if isinstance(r, Trial) else "")
+    return f"launch {r.launch}" + (
+        f", round {r.round}" + (f", repeat {r.repeat}" if r.repeat > 1 else "") if isinstance(r, Trial) else ""
+    )
 
 
 # -- Tokens over time ----------------------------------------------------------------------------------------------------
@@ -171,7 +178,11 @@ def timeline(view: View, case: str, cache: str, arrivals: Mapping[str, Sequence[
 def pareto(view: View) -> Markup | None:
     """Right answers against time; against memory where nothing was checked.  None with fewer than two points."""
     slow = slowness(view)
-    quality = {t: (sum(p.rate for p in mine) / len(mine)) for t in view.targets if (mine := [p for p in view.passes.values() if p.target == t])}
+    quality = {
+        t: (sum(p.rate for p in mine) / len(mine))
+        for t in view.targets
+        if (mine := [p for p in view.passes.values() if p.target == t])
+    }
     up = bool(quality)
     values = quality or {t: rss for t in view.targets if (rss := view.rss(t)) is not None}
     points = [(slow[t], v, t) for t, v in values.items() if math.isfinite(slow.get(t, math.inf))]
@@ -252,7 +263,9 @@ def _last(view: View, target: str, key: Key) -> Key:
     return max((k for k in same if math.isfinite(view.cells[target, k].median)), key=lambda k: view.cells[target, k].median)
 
 
-def _drift_row(top: float, target: str, row: Sequence[tuple[float, float, str]], began: float, x: Axis, i: int) -> Iterator[Markup]:
+def _drift_row(
+    top: float, target: str, row: Sequence[tuple[float, float, str]], began: float, x: Axis, i: int
+) -> Iterator[Markup]:
     y = Axis(0.7, 1.3, top + 36, top + 4)
     yield label(top + 24, target)
     yield line(GUTTER, y.at(1), PLOT_END, y.at(1), "rule")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,8 +13,7 @@ from typing import Any
 import jinja2
 from markupsafe import Markup
 
-from .. import cells as cells_
-from .. import stats
+from .. import cells as cells_, stats
 from ..compare import tell_ms
 from ..results import Stream, Trial, read_streams
 from . import figures
@@ -109,7 +107,21 @@ def outlier_table(view: View) -> Table:
                     *(Value("-" if x is None else f"{x:g}", x) for x in numbers), Value("; ".join(outlier.causes) or "none seen"),
                 )
             )  # fmt: skip
-    head = ("target", "cell", "launch", "round", "ms", "median", "class", "load", "MHz", "degrees", "swapped in", "client lag", "unusual")
+    head = (
+        "target",
+        "cell",
+        "launch",
+        "round",
+        "ms",
+        "median",
+        "class",
+        "load",
+        "MHz",
+        "degrees",
+        "swapped in",
+        "client lag",
+        "unusual",
+    )
     return Table("outliers", head, tuple(rows))
 
 
@@ -172,5 +184,3 @@ def _has_text(data: bytes) -> bool:
     found += [c["delta"] for c in found if isinstance(c, dict) and isinstance(c.get("delta"), dict)]
     names = ("content", "text", "reasoning_content", "reasoning", "tool_calls")
     return any(isinstance(c, dict) and any(c.get(name) for name in names) for c in found)
-
-

@@ -9,8 +9,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import cached_property
 
-from .. import cells as cells_
-from .. import stats
+from .. import cells as cells_, stats
 from ..cells import START, Cell, Key, Passes
 from ..compare import tell_ms
 from ..recommend import Advice, recommend, wishes_of
@@ -131,13 +130,17 @@ def case_table(view: View, case: str, cache: str) -> Table:
         ready = view.ready(target)
         row += [amount(view.rss(target, case)), times(ready) if ready else Value("-", None, "dim")]
         rows.append(tuple(row))
-    notes = [f"{p.id}: {p.text}" + (f", turn {p.turn}" if p.turn > 1 else "") for p in (info.checkpoints if info else ()) if p.text]
+    notes = [
+        f"{p.id}: {p.text}" + (f", turn {p.turn}" if p.turn > 1 else "") for p in (info.checkpoints if info else ()) if p.text
+    ]
     return Table(f"{case} [{cache}]", tuple(head), tuple(rows), tuple(notes))
 
 
 def _column(view: View, key: Key) -> str:
     cell = next(view.cells[t, key] for t in view.targets if (t, key) in view.cells)
-    name = (cells_.TURN.format(key.turn) if key.turn > 1 and not key.checkpoint.startswith(f"t{key.turn}") else "") + key.checkpoint
+    name = (
+        cells_.TURN.format(key.turn) if key.turn > 1 and not key.checkpoint.startswith(f"t{key.turn}") else ""
+    ) + key.checkpoint
     return name + (f" <= {cell.slo_ms:g}" if cell.slo_ms is not None else "")
 
 

@@ -30,7 +30,9 @@ def rich(table: Table, width: int | None = None) -> str:
     from rich.table import Table as RichTable
     from rich.text import Text
 
-    made = RichTable(title=clean(table.title), title_justify="left", title_style="bold", header_style="bold", box=None, pad_edge=False)
+    made = RichTable(
+        title=clean(table.title), title_justify="left", title_style="bold", header_style="bold", box=None, pad_edge=False
+    )
     for i, name in enumerate(table.head):
         made.add_column(clean(name), justify="left" if i == 0 else "right", overflow="fold")
     for row in table.rows:
