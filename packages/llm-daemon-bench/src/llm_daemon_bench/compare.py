@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any, Final, Literal
 
 from . import cells as cells_, stats
 from .cells import Cell, Key, Passes
@@ -17,8 +17,8 @@ from .results import Results
 
 LEAST = 5  # trials a side: with 3 a rank test cannot go below p = 0.1, with 5 it reaches 0.008
 THRESHOLD = 0.05  # changes below are of no interest, however surely they are there
-FEW = "too few trials"
-SAME = "no difference shown"
+FEW: Final = "too few trials"
+SAME: Final = "no difference shown"
 
 Verdict = Literal["faster", "slower", "better", "worse", "no difference shown", "too few trials"]
 
@@ -107,7 +107,7 @@ def compare(base: Side, new: Side, *, threshold: float = THRESHOLD, floor: float
 
 
 def _time(base: Cell, new: Cell, paired: bool, seed: int) -> tuple[Row, bool]:
-    row = Row(base.key, base.median, new.median, (base.n, new.n), verdict=FEW)  # type: ignore[arg-type]
+    row = Row(base.key, base.median, new.median, (base.n, new.n), verdict=FEW)
     if min(row.n) < LEAST:
         return row, paired
     pairs = _pairs(base, new) if paired else None
@@ -133,7 +133,7 @@ def _pairs(base: Cell, new: Cell) -> tuple[list[list[float]], list[list[float]]]
 
 def _pass(base: Passes, new: Passes, paired: bool) -> Row:
     key = Key(base.case, base.cache, 1, "pass")
-    row = Row(key, base.rate, new.rate, (base.n, new.n), verdict=FEW)  # type: ignore[arg-type]
+    row = Row(key, base.rate, new.rate, (base.n, new.n), verdict=FEW)
     if min(row.n) < LEAST:
         return row
     shared = base.outcomes.keys() & new.outcomes.keys()

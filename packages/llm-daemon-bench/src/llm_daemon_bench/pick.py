@@ -7,8 +7,8 @@ from pathlib import Path
 
 from llm_daemon.errors import UsageError
 
+from . import sessions
 from .compare import Side
-from .errors import ResultsError
 from .results import SESSION, Results, load
 
 ROOT = Path("results")
@@ -16,15 +16,7 @@ ROOT = Path("results")
 
 def folder(name: str | None, root: Path = ROOT) -> Path:
     """The folder of a session; None means the newest one below `root`.  Raises ResultsError."""
-    if name is None:
-        found = sorted(root.glob(f"*/{SESSION}"), key=lambda p: (p.stat().st_mtime, p))
-        if not found:
-            raise ResultsError(f"no results below {root}/", hint="`llm-daemon bench run SUITE` makes some; or name their folder")
-        return found[-1].parent
-    for path in (Path(name), root / name):
-        if (path / SESSION).exists():
-            return path
-    raise ResultsError(f"{name} holds no results", hint="name the folder that has session.json in it")
+    return sessions.find(root, name)
 
 
 def is_session(name: str, root: Path = ROOT) -> bool:
