@@ -15,7 +15,6 @@ from . import stats
 from .results import LIFECYCLE, CaseInfo, Launch, Results, Trial
 
 START = "start-up"  # the name under which lifecycle checkpoints of launches are shown: a case of its own, with one dot a launch
-TURN = "t{}."  # goes before the checkpoints of later turns where a table has no column for the turn
 
 
 class Key(NamedTuple):
@@ -28,7 +27,16 @@ class Key(NamedTuple):
 
     def __str__(self) -> str:
         mode = "" if self.case == START else f" [{self.cache}]"
-        return f"{self.case}{mode} {TURN.format(self.turn) if self.turn > 1 else ''}{self.checkpoint}"
+        return f"{self.case}{mode} {self.name}"
+
+    @property
+    def name(self) -> str:
+        """The checkpoint, with its turn if that is not the first and not part of the name already."""
+        return (
+            f"t{self.turn}.{self.checkpoint}"
+            if self.turn > 1 and not self.checkpoint.startswith(f"t{self.turn}")
+            else self.checkpoint
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -343,11 +351,16 @@ DRIFT = 0.05
 def warnings(results: Results, cells: dict[tuple[str, Key], Cell]) -> list[str]:
     """One line for each thing that makes figures doubtful: drift, cache not as stated, errors, too short a run."""
     out = []
+    moved: dict[tuple[str, str, str], list[Cell]] = {}
     for cell in cells.values():
         if cell.key.case != START and cell.drift is not None and abs(cell.drift) > DRIFT:
-            what = "slower" if cell.drift > 0 else "faster"
-            size = "far" if math.isinf(cell.drift) else f"{abs(cell.drift):.0%}"
-            out.append(f"{cell.target}: {cell.key} gets {size} {what} within a launch: heating or still warming")
+            moved.setdefault((cell.target, cell.key.case, cell.key.cache), []).append(cell)
+    for (target, case, cache), same in moved.items():
+        worst = max(same, key=lambda cell: abs(cell.drift or 0))
+        size = "far" if math.isinf(worst.drift or 0) else f"{abs(worst.drift or 0):.0%}"
+        what = "slower, heating?" if (worst.drift or 0) > 0 else "faster, still warming?"
+        names = ", ".join(cell.key.name for cell in same)
+        out.append(f"{target}: {case} [{cache}] drifts within a launch: {names} up to {size} {what}")
     measured = results.measured()
     counts: dict[tuple[str, str], list[int]] = {}
     for t in measured:

@@ -176,13 +176,13 @@ def _explained(row: Row, before: dict[Key, Cell], after: dict[Key, Cell]) -> Row
 def gate(comparison: Comparison) -> list[str]:
     """One line for each reason not to let NEW pass: slower or worse, gone, or too few trials to tell.
 
-    The limit is the comparison's threshold.  Lifecycle checkpoints have one value a launch; they count once there are enough.
+    The limit is the comparison's threshold.  Cells with one value a launch (lifecycle, first requests) count once there are enough.
     """
     out = []
     for row in comparison.rows:
         if row.verdict in ("slower", "worse"):
             out.append(f"{row.key}: {tell_change(row)}")
-        elif row.verdict == FEW and row.key.case != cells_.START:
+        elif row.verdict == FEW and row.key.cache != "start":
             out.append(f"{row.key}: too few trials to tell ({row.n[0]} and {row.n[1]}, {LEAST} a side are needed)")
     return out + [f"{key}: not there any more" for key in comparison.missing if key.case != cells_.START]
 
@@ -205,10 +205,12 @@ def tell_change(row: Row) -> str:
 
 def percent(ratio: float) -> str:
     """
-    >>> percent(1.1), percent(0.9), percent(math.inf)
-    ('+10.0 %', '-10.0 %', 'never')
+    >>> percent(1.1), percent(0.9), percent(math.inf), percent(0)
+    ('+10.0 %', '-10.0 %', 'to never', 'from never')
     """
-    return "never" if math.isinf(ratio) else f"{(ratio - 1) * 100:+.1f} %"
+    if ratio == 0 or math.isinf(ratio):
+        return "to never" if ratio else "from never"
+    return f"{(ratio - 1) * 100:+.1f} %"
 
 
 def tell_ms(ms: float) -> str:

@@ -14,7 +14,7 @@ from .report.tables import Table, Value, View
 from .report.text import plain, rich
 from .results import Results, to_json
 
-MARKS = {"faster": "good", "better": "good", "slower": "bad", "worse": "bad", SAME: "dim", FEW: "dim"}
+MARKS = {"faster": "good", "better": "good", "slower": "bad", "worse": "bad", SAME: "dim"}
 
 
 def comparison_table(found: Comparison) -> Table:
@@ -25,17 +25,22 @@ def comparison_table(found: Comparison) -> Table:
             Value(_amount(row, row.new)),
             Value(percent(row.ratio.ratio) if row.ratio else f"{row.change * 100:+.0f} points"),
             Value(f"{percent(row.ratio.low)} to {percent(row.ratio.high)}" if row.ratio else "-"),
-            Value("-" if row.p is None else f"{row.p:.3f}" if row.p >= 0.001 else "<0.001"),
-            Value(
-                row.verdict if row.verdict != FEW else f"{FEW} ({row.n[0]} and {row.n[1]}; {LEAST} a side are needed)",
-                mark=MARKS[row.verdict],
-            ),
+            Value(f"{row.p:.3f}" if row.p >= 0.001 else "<0.001"),
+            Value(row.verdict, mark=MARKS[row.verdict]),
             Value(row.cause),
         )
         for row in found.rows
+        if row.p is not None
     ]
     head = ("cell", "A", "B", "change", "95 % interval", "p (Holm)", "verdict", "because of")
     return Table(f"A = {found.base}, B = {found.new}", head, tuple(rows))
+
+
+def few_lines(found: Comparison) -> Iterator[str]:
+    """One line for each case whose trials are too few to compare."""
+    cases = dict.fromkeys((str(row.key).removesuffix(row.key.name).strip(), row.n) for row in found.rows if row.verdict == FEW)
+    for case, n in cases:
+        yield f"{case}: {FEW} ({n[0]} and {n[1]}; {LEAST} a side are needed)"
 
 
 def _amount(row: Row, value: float) -> str:
@@ -46,10 +51,11 @@ def comparison_text(found: Comparison, *, colour: bool) -> str:
     table = comparison_table(found)
     lines = [rich(table) if colour else plain(table)]
     calls = found.calls()
-    said = f"{len(calls)} of {len(found.rows)} cells differ" if calls else "no difference shown in any cell"
-    lines.append(
-        f"{said}; changes below {found.threshold:.1%} are not called; {'paired by round' if found.paired else 'not paired'}."
-    )
+    tested = sum(row.p is not None for row in found.rows)
+    said = f"{len(calls)} of {tested} cells differ" if calls else f"no difference shown in any of {tested} cells"
+    paired = "paired by round" if found.paired else "not paired"
+    lines.append(f"{said}; changes below {found.threshold:.1%} are not called; {paired}.")
+    lines += few_lines(found)
     if found.one_launch:
         lines.append("Only one launch: how much launches differ is unknown, and no interval here knows of it.")
     for key in found.missing:

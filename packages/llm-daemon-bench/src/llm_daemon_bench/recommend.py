@@ -151,7 +151,7 @@ def recommend(
         rss = max((x for t in results.measured() if t.target == info.id and (x := t.res.rss_mib) is not None), default=None)
         if max_rss_mib is not None:
             judged.append(_judge_rss(rss, max_rss_mib))
-        found.append(Candidate(info, tuple(judged), slow.get(info.id, math.inf), _quality(info.id, passes.values()), rss))
+        found.append(Candidate(info, tuple(judged), slow.get(info.id, math.inf), quality_of(info.id, passes.values()), rss))
     found.sort(key=lambda c: _rank(c, prefer))
     names = [str(slo) for slo in slos] + ([f"rss<={max_rss_mib:.0f}MiB"] if max_rss_mib is not None else [])
     groups = {state: tuple(c for c in found if c.state == state) for state in ("met", "undecided", "missed")}
@@ -276,9 +276,15 @@ def slowness(cells: dict[tuple[str, Key], Cell], slos: Sequence[Slo]) -> dict[st
     return {target: math.exp(sum(x) / len(x)) for target, x in logs.items()}
 
 
-def _quality(target: str, passes: Iterable[Passes]) -> float | None:
-    rates = [p.rate for p in passes if p.target == target]
-    return sum(rates) / len(rates) if rates else None
+def quality_of(target: str, passes: Iterable[Passes]) -> float | None:
+    """Mean share of right answers over checked cases: each case counts the same, however many trials and cache modes it has."""
+    counts: dict[str, list[int]] = {}
+    for p in passes:
+        if p.target == target:
+            row = counts.setdefault(p.case, [0, 0])
+            row[0] += p.hits
+            row[1] += p.n
+    return sum(hits / n for hits, n in counts.values()) / len(counts) if counts else None
 
 
 def _rank(c: Candidate, prefer: Prefer) -> tuple[float, ...]:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import sys
-from typing import Any
 
 import click
 
-from llm_daemon.cli.words import as_json, clean, json_option, subcommand
+from llm_daemon.cli.words import as_json, is_terminal, json_option, subcommand
 
 from .. import pick
-from ..compare import Comparison, compare
+from ..compare import compare
 from ..faces import comparison_json, comparison_text
 
 threshold_option = click.option(
@@ -51,14 +50,7 @@ def command(base: str, new: str, within: str | None, threshold: float, floor: fl
     correction over all cells is called one; all others are "no difference shown".
     """
     found = [compare(a, b, threshold=threshold / 100, floor=floor / 100) for a, b in pick.sides(base, new, within)]
-    show(found, plain, json_)
-
-
-def show(found: list[Comparison], plain: bool, json_: bool, **more: Any) -> None:
     if json_:
-        as_json({"comparisons": [comparison_json(c) for c in found], **more})
+        as_json({"comparisons": [comparison_json(c) for c in found]})
         return
-    colour = not plain and sys.stdout.isatty()
-    click.echo("\n\n".join(comparison_text(c, colour=colour) for c in found))
-    for line in more.get("lines", ()):
-        click.echo(clean(line))
+    click.echo("\n\n".join(comparison_text(c, colour=not plain and is_terminal(sys.stdout)) for c in found))

@@ -16,31 +16,20 @@ from ..recommend import Advice, Prefer, Slo, recommend, wishes_of
 from ..report.tables import advice_lines
 from ..results import load
 
-_UNITS = {"": 1.0, "B": 2.0**-20, "K": 2.0**-10, "M": 1.0, "G": 2.0**10, "T": 2.0**20}
+
+def _wishes(_ctx: click.Context, _param: click.Parameter, texts: tuple[str, ...]) -> list[Slo]:
+    return [Slo.parse(text) for text in texts]
 
 
-class Wish(click.ParamType):
-    """A wish like CASE.CHECKPOINT:p50<=500."""
-
-    name = "wish"
-
-    def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> Slo:
-        return value if isinstance(value, Slo) else Slo.parse(str(value))
-
-
-class Memory(click.ParamType):
-    """`6GiB`, `800MB`, `6G`; a bare number is MiB.  Converted to MiB."""
-
-    name = "size"
-
-    def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> float:
-        found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(i?B?)", str(value).strip(), re.I)
-        if not found:
-            self.fail(f"{value!r} is no size like 6GiB", param, ctx)
-        number, letter, rest = float(found[1]), found[2].upper(), found[3].lower()
-        if rest == "b" and letter:  # kB, MB, GB: powers of a thousand
-            return float(number * 1000.0 ** ("KMGT".index(letter) + 1) / 2**20)
-        return float(number * _UNITS[letter or ("B" if rest == "b" else "")])
+def _mib(_ctx: click.Context, _param: click.Parameter, text: str | None) -> float | None:
+    """MiB of `6GiB`, `800MB`, `6G`; a bare number is MiB."""
+    if text is None:
+        return None
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kMGT]?)(i?B)?", text.strip(), re.I)
+    if not found or (found[3] and not found[2]):
+        raise click.BadParameter(f"{text!r} is no size like 6GiB")
+    number, power = float(found[1]), "KMGT".find(found[2].upper() or "M") + 1
+    return number * (1000.0 if found[3] and len(found[3]) == 1 else 1024.0) ** power / 2**20
 
 
 @subcommand(
@@ -52,8 +41,10 @@ class Memory(click.ParamType):
     """,
 )
 @click.argument("session", required=False)
-@click.option("--slo", "slos", multiple=True, type=Wish(), metavar="WISH", help="What has to hold; may be given several times.")
-@click.option("--max-rss", type=Memory(), metavar="SIZE", help="Memory it may use at most.")
+@click.option(
+    "--slo", "slos", multiple=True, callback=_wishes, metavar="WISH", help="What has to hold; may be given several times."
+)
+@click.option("--max-rss", callback=_mib, metavar="SIZE", help="Memory it may use at most.")
 @click.option(
     "--prefer",
     type=click.Choice(get_args(Prefer)),
@@ -67,7 +58,7 @@ class Memory(click.ParamType):
 @json_option
 def command(
     session: str | None,
-    slos: tuple[Slo, ...],
+    slos: list[Slo],
     max_rss: float | None,
     prefer: Prefer,
     observed: bool,
@@ -81,7 +72,7 @@ def command(
     means the first request of a fresh server. Without any, the suite's `slo_ms` are the wishes.
     """
     results = load(pick.folder(session))
-    wishes = list(slos) or wishes_of(results)
+    wishes = slos or wishes_of(results)
     advice = recommend(results, wishes, prefer=prefer, max_rss_mib=max_rss, observed=observed)
     applied = _apply(advice, name) if apply_ else None
     if json_:

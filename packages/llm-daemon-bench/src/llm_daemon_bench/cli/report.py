@@ -9,7 +9,7 @@ from pathlib import Path
 
 import click
 
-from llm_daemon.cli.words import as_json, clean, json_option, subcommand
+from llm_daemon.cli.words import as_json, clean, is_terminal, json_option, subcommand
 
 from .. import pick
 from ..faces import view_json
@@ -48,7 +48,7 @@ def command(session: str | None, html_: Path | None, markdown: Path | None, plai
     if markdown:
         _put(markdown, text.markdown(view))
     if not html_ and not markdown:
-        click.echo(text.terminal(view, colour=not plain and sys.stdout.isatty()), nl=False)
+        click.echo(text.terminal(view, colour=not plain and is_terminal(sys.stdout)), nl=False)
 
 
 def _put(path: Path, content: str) -> None:

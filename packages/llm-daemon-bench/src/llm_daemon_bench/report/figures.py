@@ -10,8 +10,9 @@ from markupsafe import Markup
 from .. import cells as cells_, stats
 from ..cells import Cell, Dot, Key
 from ..compare import tell_ms
+from ..recommend import quality_of
 from ..results import Trial
-from .svg import GUTTER, WIDTH, Axis, colour, dot, el, label, legend, line, picture, rect, text
+from .svg import GUTTER, WIDTH, Axis, Spots, colour, dot, el, label, legend, line, picture, rect, text
 from .tables import View, slowness
 
 PLOT_END = WIDTH - 14
@@ -133,12 +134,20 @@ def _dots(y: float, cell: Cell, axis: Axis, index: int) -> Iterator[Markup]:
         lane = processes.index(d.process) - (len(processes) - 1) / 2  # launches lie above each other
         hint = f"{cell.target}, {cell.key.checkpoint}: {tell_ms(d.ms)}{' ms' if math.isfinite(d.ms) else ''}, {_which(d)}"
         if math.isinf(d.ms):
-            yield text(PLOT_END - 12, y + 4, "×", "never", "middle", hint)
             continue
         if outlier := marked.get(id(d)):
             hint += f"; {outlier.cls} outlier: {', '.join(outlier.causes) or 'no cause seen'}"
         cls = "miss" if cell.slo_ms is not None and d.ms > cell.slo_ms else colour(index).split()[0]
         yield dot(axis.at(d.ms), y + lane * min(4.0, 12 / len(processes)), 2.6, f"dot {cls}" + (" out" if outlier else ""), hint)
+    if never := cell.n - cell.reached:
+        yield text(
+            PLOT_END,
+            y + 4,
+            f"× {never}",
+            "never",
+            "end",
+            f"{cell.target}: {never} of {cell.n} never reached {cell.key.checkpoint}",
+        )
     if math.isfinite(cell.median):
         yield line(axis.at(cell.median), y - 8, axis.at(cell.median), y + 8, "median")
 
@@ -161,12 +170,13 @@ def timeline(view: View, case: str, cache: str, arrivals: Mapping[str, Sequence[
     out = x.horizontal(8, 206, "ms")
     for tick in y.ticks():
         out += [line(40, y.at(tick), PLOT_END, y.at(tick), "grid"), text(34, y.at(tick) + 4, f"{tick:g}", "n", "end")]
+    spots = Spots()
     for i, target in enumerate(view.targets):
         if line_ := arrivals.get(target):
             path = " ".join(f"{x.at(ms):.1f},{y.at(n):.1f}" for ms, n in [(line_[0][0], 0.0), *line_])
             hint = f"{target}: {line_[-1][1]:.0f} tokens in {tell_ms(line_[-1][0])} ms, the first after {tell_ms(line_[0][0])} ms"
             out.append(el("polyline", el("title", hint), points=path, class_=f"l {colour(i)}"))
-            out.append(text(x.at(line_[-1][0]) + 4, y.at(line_[-1][1]) + 4, str(i + 1), "num"))
+            out.append(text(*spots.free(x.at(line_[-1][0]) + 4, y.at(line_[-1][1]) + 4), str(i + 1), "num"))
     names, bottom = legend(view.targets, 242)
     about = "Lines climb by one for each token of the reply of the median trial of each target."
     return picture(f"{case} [{cache}]: tokens over time", about, bottom, [*out, *names])
@@ -178,11 +188,7 @@ def timeline(view: View, case: str, cache: str, arrivals: Mapping[str, Sequence[
 def pareto(view: View) -> Markup | None:
     """Right answers against time; against memory where nothing was checked.  None with fewer than two points."""
     slow = slowness(view)
-    quality = {
-        t: (sum(p.rate for p in mine) / len(mine))
-        for t in view.targets
-        if (mine := [p for p in view.passes.values() if p.target == t])
-    }
+    quality = {t: q for t in view.targets if (q := quality_of(t, view.passes.values())) is not None}
     up = bool(quality)
     values = quality or {t: rss for t in view.targets if (rss := view.rss(t)) is not None}
     points = [(slow[t], v, t) for t, v in values.items() if math.isfinite(slow.get(t, math.inf))]
@@ -219,14 +225,11 @@ def _front(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
 
 
 def _numbered(points: Sequence[tuple[float, float, str]], view: View, x: Axis, y: Axis, up: bool) -> Iterator[Markup]:
-    placed: list[tuple[float, float]] = []
+    spots = Spots()
     for a, v, target in sorted(points):
         i = view.targets.index(target)
         px, py = x.at(a), y.at(v)
-        lx, ly = px + 7, py + 4
-        while any(abs(lx - qx) < 14 and abs(ly - qy) < 11 for qx, qy in placed):
-            lx, ly = (lx + 14, ly) if lx + 14 < PLOT_END else (px + 7, ly + 12)
-        placed.append((lx, ly))
+        lx, ly = spots.free(px + 7, py + 4)
         value = f"{v:.0%} right" if up else f"{v:.0f} MiB"
         hint = f"{target}: {a:.2f} times the fastest, {value}"
         yield dot(px, py, 4.5, f"dot solid {colour(i).split()[0]}", hint)

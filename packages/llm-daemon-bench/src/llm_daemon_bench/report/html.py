@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import base64
 import hashlib
-import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import jinja2
 from markupsafe import Markup
 
 from .. import cells as cells_, stats
 from ..compare import tell_ms
+from ..reply import Parser
 from ..results import Stream, Trial, read_streams
 from . import figures
 from .svg import el
@@ -29,7 +28,7 @@ class CasePart:
 
     table: Table
     points: list[tuple[int, list[str]]]
-    waterfalls: list[Markup]
+    waterfalls: list[tuple[int, Markup]]
     strip: Markup
     timeline: Markup | None
 
@@ -66,7 +65,7 @@ def _case(view: View, case: str, cache: str, arrivals: Mapping[str, Sequence[tup
     return CasePart(
         case_table(view, case, cache),
         [(turn, [key.checkpoint for key in view.keys(case, cache) if key.turn == turn]) for turn in turns],
-        [figures.waterfall(view, case, cache, turn) for turn in turns],
+        [(turn, figures.waterfall(view, case, cache, turn)) for turn in turns],
         figures.strip(view, case, cache),
         figures.timeline(view, case, cache, arrivals) if arrivals else None,
     )
@@ -82,8 +81,9 @@ def _table(table: Table) -> Markup:
 def _field(value: Value, first: bool) -> Markup:
     sort = "" if value.sort is None else value.sort if isinstance(value.sort, str) else f"{value.sort:.6g}"
     attributes = {"data_sort": sort, "class_": value.mark or None, "title": value.hint or None}
-    words = value.text + (" !" if value.mark == "bad" and not first else "")  # not by colour alone
-    return el("th", words, scope="row", **attributes) if first else el("td", words, **attributes)
+    words: list[str | Markup] = [value.text + (" !" if value.mark == "bad" and not first else "")]  # not by colour alone
+    words += [el("small", value.detail)] if value.detail else []
+    return el("th", *words, scope="row", **attributes) if first else el("td", *words, **attributes)
 
 
 def _figure(picture: Markup, caption: str) -> Markup:
@@ -143,44 +143,27 @@ def token_arrivals(view: View) -> dict[tuple[str, str], dict[str, list[tuple[flo
     lines: dict[str, list[tuple[float, float]]] = {}
     for stream in read_streams(view.results.folder):
         if stream.key in chosen and stream.part == chosen[stream.key].part:
-            lines[stream.key] = _counted(list(text_arrivals(stream)), chosen[stream.key].tokens.out)
+            lines[stream.key] = counted(stream, chosen[stream.key].tokens.out)
     for key, trial in chosen.items():
         if line := lines.get(key) or _from_checkpoints(trial):
             out.setdefault((trial.case, trial.cache), {})[trial.target] = line
     return out
 
 
-def _counted(arrivals: Sequence[float], tokens: int | None) -> list[tuple[float, float]]:
-    """Several tokens may come in one event: they are shared out evenly over the events, so that the end is right."""
-    share = (tokens or len(arrivals)) / max(len(arrivals), 1)
-    return [(ms, (i + 1) * share) for i, ms in enumerate(arrivals)]
+def counted(stream: Stream, tokens: int | None) -> list[tuple[float, float]]:
+    """(ms, tokens so far) at each event with text, reasoning or part of a tool call.
+
+    Tokens are shared out evenly over the events where the server does not tell them with each.
+    """
+    parser = Parser()
+    for ms, data in stream.chunks():
+        parser.feed(ms, data)
+    said = parser.reply.said
+    share = (tokens or len(said)) / max(len(said), 1)
+    return [(piece.ms, float(piece.tok) if piece.tok is not None else (i + 1) * share) for i, piece in enumerate(said)]
 
 
 def _from_checkpoints(trial: Trial) -> list[tuple[float, float]]:
     """Where the raw reply was not kept: the tokens that the checkpoints counted."""
     points = {(r.ms, float(r.tok)) for r in trial.cp.values() if r.ms is not None and r.tok is not None}
     return sorted(points) if len(points) > 1 else []
-
-
-def text_arrivals(stream: Stream) -> Iterator[float]:
-    """When each event with text (content, reasoning, arguments of tools) was whole, ms."""
-    rest = b""
-    for ms, data in stream.chunks():
-        *whole, rest = (rest + data).replace(b"\r\n", b"\n").split(b"\n")
-        for line in whole:
-            if line.startswith(b"data:") and _has_text(line[5:]):
-                yield ms
-
-
-def _has_text(data: bytes) -> bool:
-    try:
-        event = json.loads(data)
-    except ValueError:  # [DONE], or not an event of this kind
-        return False
-    if not isinstance(event, dict):
-        return False
-    choices: Any = event.get("choices")
-    found = [event, *choices] if isinstance(choices, list) else [event]
-    found += [c["delta"] for c in found if isinstance(c, dict) and isinstance(c.get("delta"), dict)]
-    names = ("content", "text", "reasoning_content", "reasoning", "tool_calls")
-    return any(isinstance(c, dict) and any(c.get(name) for name in names) for c in found)

@@ -52,7 +52,7 @@ def shortened(words: str, room: float) -> str:
     """Fits `room` px; the middle goes, for targets differ at their ends.
 
     >>> shortened("llama-server/smollm2-135m/Q4_K_M", 100)
-    'llama-s…/Q4_K_M'
+    'llama-s…m/Q4_K_M'
     """
     most = int(room / LETTER)
     if len(words) <= most:
@@ -142,3 +142,23 @@ def legend(names: Sequence[str], top: float) -> tuple[list[Markup], float]:
         out.append(line(x, y - 4, x + 18, y - 4, f"l {colour(i)}"))
         out.append(text(x + 24, y, shortened(f"{i + 1}  {name}", WIDTH / 2 - 34), "t", hint=name))
     return out, top + math.ceil(len(names) / 2) * 18
+
+
+class Spots:
+    """Places for small numbers, none upon another."""
+
+    def __init__(self) -> None:
+        self._taken: list[tuple[float, float]] = []
+
+    def free(self, x: float, y: float) -> tuple[float, float]:
+        """The spot itself, or the next free one to its right, or below where the picture ends.
+
+        >>> spots = Spots()
+        >>> spots.free(10, 20), spots.free(12, 21)
+        ((10, 20), (24, 20))
+        """
+        start = x
+        while near := next((t for t in self._taken if abs(x - t[0]) < 13 and abs(y - t[1]) < 11), None):
+            x, y = (near[0] + 14, near[1]) if near[0] + 14 < WIDTH - 8 else (start, near[1] + 12)
+        self._taken.append((x, y))
+        return x, y

@@ -15,15 +15,25 @@ from ..compare import tell_ms
 from ..recommend import Advice, recommend, wishes_of
 from ..results import CaseInfo, Results
 
+FEW_COVER = 0.93  # intervals that cover less say of how few trials they are (five give 93.75 %)
+
 
 @dataclass(frozen=True, slots=True)
 class Value:
-    """One field of a table.  `sort`: what to sort by, None goes last; `mark`: `bad`, `good`, `dim` or nothing; `hint`: more of it."""
+    """One field of a table.  `detail` stands behind `text`, or small below it.  `sort`: what to sort by, None goes last.
+
+    `mark`: `bad`, `good`, `dim` or nothing; `hint`: more of it, for those who point at it.
+    """
 
     text: str
     sort: float | str | None = None
     mark: str = ""
     hint: str = ""
+    detail: str = ""
+
+    @property
+    def whole(self) -> str:
+        return f"{self.text} {self.detail}" if self.detail else self.text
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,16 +100,17 @@ def times(cell: Cell) -> Value:
         f"{cell.n} trials, least {tell_ms(min(cell.times))}, quartile distance {tell_ms(stats.iqr(cell.times))}, "
         f"{label_tail[0]} {tell_ms(label_tail[1])}; interval covers {span.coverage:.1%}"
     )
-    text = tell_ms(cell.median)
+    detail = ""
     if cell.n > 1 and math.isfinite(cell.median):
-        text += f" ({tell_ms(span.low)}..{'never' if math.isinf(span.high) else tell_ms(span.high)})"
+        few = f", n={cell.n}" if span.coverage < FEW_COVER else ""
+        detail = f"({tell_ms(span.low)}..{'never' if math.isinf(span.high) else tell_ms(span.high)}{few})"
     if cell.reached < cell.n:
-        text += f" {cell.reached}/{cell.n}"
+        detail = f"{detail} {cell.reached}/{cell.n}".strip()
         hint += f"; reached by {cell.reach.low:.0%} to {cell.reach.high:.0%}"
     if cell.misses:
         hint += f"; {cell.misses} of {cell.n} above {cell.slo_ms:g} ms"
     mark = "bad" if cell.late else "good" if cell.slo_ms is not None else ""
-    return Value(text, cell.median if math.isfinite(cell.median) else None, mark, hint)
+    return Value(tell_ms(cell.median), cell.median if math.isfinite(cell.median) else None, mark, hint, detail)
 
 
 def right(passes: Passes | None) -> Value:
@@ -138,10 +149,7 @@ def case_table(view: View, case: str, cache: str) -> Table:
 
 def _column(view: View, key: Key) -> str:
     cell = next(view.cells[t, key] for t in view.targets if (t, key) in view.cells)
-    name = (
-        cells_.TURN.format(key.turn) if key.turn > 1 and not key.checkpoint.startswith(f"t{key.turn}") else ""
-    ) + key.checkpoint
-    return name + (f" <= {cell.slo_ms:g}" if cell.slo_ms is not None else "")
+    return key.name + (f" <= {cell.slo_ms:g}" if cell.slo_ms is not None else "")
 
 
 def case_tables(view: View) -> list[Table]:

@@ -14,7 +14,7 @@ STYLES = {"bad": "red", "good": "green", "dim": "dim", "": ""}
 
 def plain(table: Table) -> str:
     """Aligned columns without any escape sequence; a missed limit has a `!` behind it."""
-    lines = [list(table.head), *([_plain(v.text, v.mark) for v in row] for row in table.rows)]
+    lines = [list(table.head), *([_plain(v.whole, v.mark) for v in row] for row in table.rows)]
     widths = [max(len(line[i]) for line in lines) for i in range(len(table.head))]
     body = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines]
     return "\n".join([clean(table.title), *body])
@@ -36,7 +36,7 @@ def rich(table: Table, width: int | None = None) -> str:
     for i, name in enumerate(table.head):
         made.add_column(clean(name), justify="left" if i == 0 else "right", overflow="fold")
     for row in table.rows:
-        made.add_row(*(Text(clean(v.text), style=STYLES[v.mark]) for v in row))
+        made.add_row(*(Text(clean(v.whole), style=STYLES[v.mark]) for v in row))
     out = StringIO()
     console = Console(file=out, force_terminal=True, width=width, highlight=False)
     console.print(made)
@@ -72,7 +72,7 @@ def markdown(view: View) -> str:
 def _rows(table: Table) -> Sequence[str]:
     head = "| " + " | ".join(_cell(name) for name in table.head) + " |"
     rule = "| " + " | ".join("---" if i == 0 else "---:" for i in range(len(table.head))) + " |"
-    rows = ["| " + " | ".join(_cell(v.text) + (" **!**" if v.mark == "bad" else "") for v in row) + " |" for row in table.rows]
+    rows = ["| " + " | ".join(_cell(v.whole) + (" **!**" if v.mark == "bad" else "") for v in row) + " |" for row in table.rows]
     return [head, rule, *rows]
 
 
