@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -17,7 +18,7 @@ ONE = Case("one", points=(("first_token", 1, 1, None), ("done", 40, 1, None)))
 A, B = "x/m/q", "y/m/q"
 
 
-def pair(folder: Path, a: Speed, b: Speed, *cases: Case, **how: int) -> Comparison:
+def pair(folder: Path, a: Speed, b: Speed, *cases: Case, **how: Any) -> Comparison:
     """Two targets of one session."""
     made = simulate(folder, {A: a, B: b}, cases or (ONE,), **how)
     return compare(Side(made, A), Side(made, B))
@@ -219,7 +220,7 @@ def test_outliers_have_causes(tmp_path: Path) -> None:
 
 
 def test_launch_spread() -> None:
-    base, new = [[100.0, 100, 100], [110, 110, 110]], [[100.0, 100, 100], [110, 110, 110]]
+    base = new = [[100.0, 100.0, 100.0], [110.0, 110.0, 110.0]]
     assert stats.launch_spread(base, new, paired=False) == pytest.approx(math.log(1.1))
     assert stats.launch_spread(base, new, paired=True) == 0  # both moved together
     assert stats.launch_spread([[1.0]], [[2.0]], paired=False) == 0

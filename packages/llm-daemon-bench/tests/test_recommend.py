@@ -57,7 +57,7 @@ def test_each_rejected_target_has_one_reason(three: Results) -> None:
     assert reasons[S].startswith("chat.first_token p50 9") and reasons[S].endswith(" > 400")
     assert reasons[G] == "memory 900 MiB > 800"
     assert reasons[F].startswith("extract-json right ") and reasons[F].endswith("of 18, wanted 95%")
-    assert list(advice_lines(advice))[0] == "No target meets all limits."
+    assert next(advice_lines(advice)) == "No target meets all limits."
 
 
 def test_the_upper_end_of_the_interval_decides(three: Results) -> None:
@@ -67,13 +67,12 @@ def test_the_upper_end_of_the_interval_decides(three: Results) -> None:
     span, middle = cell.interval, cell.median
     assert span.low < middle < span.high
     for limit, state in ((span.high + 0.01, "met"), ((middle + span.high) / 2, "undecided"), (span.low - 0.01, "missed")):
-        [judged] = next(c for c in recommend(three, slos(f"chat.sentence1:p50<={limit:.6f}")).ranked
-                        + recommend(three, slos(f"chat.sentence1:p50<={limit:.6f}")).undecided
-                        + recommend(three, slos(f"chat.sentence1:p50<={limit:.6f}")).rejected if c.info.id == F).judged  # fmt: skip
+        advice = recommend(three, slos(f"chat.sentence1:p50<={limit:.6f}"))
+        [judged] = next(c for c in (*advice.ranked, *advice.undecided, *advice.rejected) if c.info.id == F).judged
         assert judged.state == state
     near = recommend(three, slos(f"chat.sentence1:p50<={(middle + span.high) / 2:.6f}"))
     assert near.winner is None and near.undecided[0].more and 18 < near.undecided[0].more + 18 < 200
-    assert list(advice_lines(near))[0].startswith(f"Undecided, run {near.more} more trials. Nearest: {F}")
+    assert next(advice_lines(near)).startswith(f"Undecided, run {near.more} more trials. Nearest: {F}")
     assert recommend(three, slos(f"chat.sentence1:p50<={(middle + span.high) / 2:.6f}"), observed=True).winner is not None
 
 
@@ -107,8 +106,8 @@ def test_wishes_of_the_suite_and_of_a_fresh_start(three: Results) -> None:
 
 @pytest.mark.parametrize(
     "text",
-    ["", "chat", "chat.first_token", "chat.first_token:p50>=400", "chat:p50<=400", "chat:pass<=0.9", "chat:pass>=1.5", "chat.x:pass>=0.5",
-     "chat.first_token:p51<=3", "chat.first_token:p50<=3%", "chat:pass>=1s", "chat.first_token:p50<=-3"],
+    ["", "chat", "chat.first_token", "chat.first_token:p50>=400", "chat:p50<=400", "chat:pass<=0.9", "chat:pass>=1.5",
+     "chat.x:pass>=0.5",     "chat.first_token:p51<=3", "chat.first_token:p50<=3%", "chat:pass>=1s", "chat.first_token:p50<=-3"],
 )  # fmt: skip
 def test_wishes_that_make_no_sense_are_refused(text: str) -> None:
     with pytest.raises(UsageError, match="wish"):
@@ -199,7 +198,8 @@ def test_a_link_stays_a_link(tmp_path: Path, info: TargetInfo) -> None:
 
 @pytest.mark.parametrize(
     ("text", "said"),
-    [("ttl = ", "not valid TOML"), ("catalog = 3\n", "must be a table"), ('[catalog]\nm = { path = "/x.gguf" }\n', "model of your own"),
+    [("ttl = ", "not valid TOML"), ("catalog = 3\n", "must be a table"),
+     ('[catalog]\nm = { path = "/x.gguf" }\n', "model of your own"),
      ("nonsense = 1\n", "unknown setting 'nonsense'")],
 )  # fmt: skip
 def test_a_file_that_cannot_be_changed_stays_as_it_is(tmp_path: Path, info: TargetInfo, text: str, said: str) -> None:

@@ -28,8 +28,10 @@ EVIL = "<script>alert(1)</script>&\"'"
 @pytest.fixture
 def made(tmp_path: Path) -> Results:
     speeds = {
-        GOOD: Speed(right=0.8), LATE: Speed(prefill=500, stall=0.1, heat=0.2), DEAD: Speed(never={"total": 0.5}, dies_in=3, load=2500),
-    }  # fmt: skip
+        GOOD: Speed(right=0.8),
+        LATE: Speed(prefill=500, stall=0.1, heat=0.2),
+        DEAD: Speed(never={"total": 0.5}, dies_in=3, load=2500),
+    }
     return simulate(tmp_path / "20261125-1", speeds, CASES, streams=True)
 
 
@@ -186,7 +188,8 @@ def test_tokens_over_time_come_from_the_raw_reply() -> None:
 def test_page_sorts_and_draws_in_a_browser(made: Results, tmp_path: Path) -> None:
     page = html(View.of(made))
     probe = "<script>const b=document.querySelectorAll('th button')[1];b.click();b.click();document.title=" + (
-        "[...document.querySelector('tbody').rows].map(r=>r.cells[0].textContent).join()+' '+b.parentNode.getAttribute('aria-sort')"
+        "[...document.querySelector('tbody').rows].map(r=>r.cells[0].textContent).join()"
+        "+' '+b.parentNode.getAttribute('aria-sort')"
     )
     loose = re.sub(r"<meta http-equiv[^>]*>", "", page)  # the page's own policy would stop the probe
     (tmp_path / "page.html").write_text(loose.replace("</body>", probe + "</script></body>"))

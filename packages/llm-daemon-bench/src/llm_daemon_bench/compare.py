@@ -191,7 +191,8 @@ def _explained(row: Row, before: dict[Key, Cell], after: dict[Key, Cell]) -> Row
 def gate(comparison: Comparison) -> list[str]:
     """One line for each reason not to let NEW pass: slower or worse, gone, or too few trials to tell.
 
-    The limit is the comparison's threshold.  Cells with one value a launch (lifecycle, first requests) count once there are enough.
+    The limit is the comparison's threshold.  Cells with one value a launch (lifecycle, first requests) count once there
+    are enough of them.
     """
     out = []
     for row in comparison.rows:
