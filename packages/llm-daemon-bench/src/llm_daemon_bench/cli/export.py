@@ -24,7 +24,10 @@ from ..results import load
 @click.argument("format_", metavar="FORMAT", type=click.Choice(["csv"]))
 @click.argument("session", required=False)
 def command(format_: str, session: str | None) -> None:
-    """Print one line for each trial and checkpoint, warm-ups included and marked."""
+    """Print every trial as a line of CSV.
+
+    One line for each checkpoint of each trial, warm-ups included and marked.
+    """
     writer = csv.writer(sys.stdout, lineterminator="\n")
     writer.writerow(CSV_HEAD)
     writer.writerows(csv_rows(load(pick.folder(session))))
