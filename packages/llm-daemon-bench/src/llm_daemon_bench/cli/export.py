@@ -17,7 +17,7 @@ from ..results import load
 @subcommand(
     "export",
     """
-    llm-daemon bench export csv > trials.csv
+    llm-daemon bench export csv | head
     llm-daemon bench export csv results/monday
     """,
 )
