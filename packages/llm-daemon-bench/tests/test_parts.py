@@ -14,6 +14,7 @@ import pytest
 
 from llm_daemon_bench import machine, meter, plan, servers, suite as suites
 from llm_daemon_bench.artifacts import Finder, drop_from_page_cache
+from llm_daemon_bench.client import Endpoint
 from llm_daemon_bench.display import Display, Pace
 from llm_daemon_bench.process import Died, Process
 from llm_daemon_bench.requests import Conversation, fresh_nonce
@@ -233,6 +234,17 @@ def test_a_killed_keeper_takes_the_server_along(tmp_path: Path) -> None:
     assert not server.is_running()
 
 
+def test_folders_of_killed_runs_are_swept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    with subprocess.Popen([sys.executable, "-c", ""]) as gone:
+        pass
+    names = [f"{servers.SCRATCH}{gone.pid}-x", f"{servers.SCRATCH}{os.getpid()}-x", f"{servers.SCRATCH}other"]
+    for name in names:
+        (tmp_path / name).mkdir()
+    servers.sweep()
+    assert [(tmp_path / name).exists() for name in names] == [False, True, True]
+
+
 def test_a_port_answered_by_a_stranger_is_refused() -> None:
     import socket
 
@@ -241,9 +253,9 @@ def test_a_port_answered_by_a_stranger_is_refused() -> None:
         mine.listen()
         assert other.stdout is not None
         port = int(other.stdout.readline())
-        servers._owned(other.pid, servers.Endpoint(port=port))
+        servers._owned(other.pid, Endpoint(port=port))
         with pytest.raises(servers.NotReady, match="answered by another process"):
-            servers._owned(other.pid, servers.Endpoint(port=mine.getsockname()[1]))
+            servers._owned(other.pid, Endpoint(port=mine.getsockname()[1]))
         other.communicate("\n")
 
 

@@ -268,6 +268,28 @@ requests = 5
     assert firsts != sorted(firsts, reverse=True)
 
 
+def test_code_is_completed_and_filled_in(write: Write) -> None:
+    cases = """
+[[case]]
+id = "line"
+kind = "completion"
+prompt = "x = "
+checkpoints = [ { id = "c", contains = "fake" } ]
+[[case]]
+id = "middle"
+kind = "infill"
+prompt = "a "
+suffix = " z"
+checkpoints = [ { id = "c", tokens = 6 }, { id = "done", event = "done" } ]
+"""
+    path = write({"a": {}}, suite="trials = 1\nlaunches = 1\nwarmup = 0", cases=cases)
+    _, (found,) = bench(path)
+    assert sorted((t.case, t.error, t.finish, t.tokens.out) for t in found.measured()) == [
+        ("line", None, "stop", 6), ("middle", None, "stop", 6),
+    ]  # fmt: skip
+    assert all(r.ms is not None for t in found.measured() for r in t.cp.values())
+
+
 def test_the_time_budget_ends_a_run_that_can_go_on(write: Write, capsys: pytest.CaptureFixture[str]) -> None:
     path = write({"a": {"first_token_ms": 300}}, suite="trials = 20\nlaunches = 1\nwarmup = 0\nmax_minutes = 0.02")
     status, (found,) = bench(path)
@@ -308,7 +330,20 @@ def test_engines_bare_and_through_the_daemon_run_the_same_thing(write: Write, tm
     assert not [p for p in psutil.process_iter(["cmdline"]) if str(model) in (p.info["cmdline"] or [])]
 
 
-def test_an_attached_server_is_left_alone(write: Write, tmp_path: Path) -> None:
+def test_two_daemons_may_be_up_at_once(tmp_path: Path) -> None:
+    servers = "".join(f'[[server]]\nid = "{n}"\nengine = "fake"\nvia = "daemon"\n' for n in "ab")
+    (tmp_path / "m.fake.json").write_text("{}")
+    path = tmp_path / "two.toml"
+    path.write_text(
+        f'[suite]\nname = "x"\ntrials = 2\nlaunches = 1\nup = "all"\n{servers}[[model]]\nid = "m"\n'
+        'artifacts = { q = "./m.fake.json" }\n' + CASE.format(id="hello", cache="asis")
+    )
+    status, (found,) = bench(path)
+    assert (status, [t.error for t in found.measured()]) == (0, [None] * 4)
+    assert len({t.process for t in found.measured()}) == 2
+
+
+def test_an_attached_server_that_is_not_there_is_told(write: Write, tmp_path: Path) -> None:
     path = tmp_path / "gone.toml"
     path.write_text(
         '[suite]\nname = "x"\ntrials = 1\nlaunches = 1\nready_s = 0.2\n[[server]]\nid = "s"\nattach = "http://127.0.0.1:9/v1"\n'
