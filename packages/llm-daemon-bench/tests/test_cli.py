@@ -23,7 +23,7 @@ from llm_daemon_bench.cli.doctor import Finding
 
 from .conftest import Write
 
-ROOT = Path(__file__).parents[4]
+ROOT = Path(__file__).parents[3]
 PACKAGE = ROOT / "packages" / "llm-daemon-bench"
 
 
