@@ -15,7 +15,7 @@ from llm_daemon.cli.main import run
 from llm_daemon_bench import results
 from llm_daemon_bench.results import Results
 
-from .conftest import CASE, Write
+from .suites import CASE, Write
 
 TWO = CASE.format(id="hello", cache="asis") + CASE.format(id="other", cache="cold")
 
