@@ -13,6 +13,12 @@ VERBS: dict[str, str] = {
     "run": "Measure a suite: every server, model and quantization on every case.",
     "list": "Show the sessions there are.",
     "show": "Show one session: its cells, medians and failures.",
+    "report": "Show a session for people: in the terminal, as Markdown, as one HTML file.",
+    "compare": "Say in which cells B is faster or slower than A.",
+    "gate": "Exit with 1 if anything became slower or wrong.",
+    "aa": "Tell how large a difference is where there is none.",
+    "recommend": "Name the target to use, and why not the others.",
+    "export": "Print every trial as a line of CSV.",
     "doctor": "Look for what would spoil a measurement here.",
 }
 ENDINGS = "Exit status: 0 fine, 1 a gate was not passed, 2 wrong usage, 3 the machine or a server's fault, 130 interrupted."
