@@ -320,9 +320,7 @@ class Stream(Record, omit_defaults=True):
         [(1.5, b'da'), (2.25, b'ta')]
         """
         body, begins = base64.b64decode(self.body_b64), (0, *self.ends)
-        return [
-            (us / 1000, body[start:end]) for us, start, end in zip(self.at_us, begins, self.ends, strict=False)
-        ]
+        return [(us / 1000, body[start:end]) for us, start, end in zip(self.at_us, begins, self.ends, strict=False)]
 
 
 _line: msgspec.json.Decoder[Trial | Launch] = msgspec.json.Decoder(Trial | Launch)
