@@ -8,7 +8,13 @@ from importlib import import_module
 import click
 
 # One line each, so that `--help` need not import the verbs; a test holds them against the verbs' own words.
-VERBS: dict[str, str] = {}
+VERBS: dict[str, str] = {
+    "init": "Write a commented suite to start from, out of what is installed here.",
+    "run": "Measure a suite: every server, model and quantization on every case.",
+    "list": "Show the sessions there are.",
+    "show": "Show one session: its cells, medians and failures.",
+    "doctor": "Look for what would spoil a measurement here.",
+}
 ENDINGS = "Exit status: 0 fine, 1 a gate was not passed, 2 wrong usage, 3 the machine or a server's fault, 130 interrupted."
 
 

@@ -1,0 +1,498 @@
+"""What is to be measured: a suite file (TOML) as frozen values.
+
+Unknown keys and wrong types are refused with file and line.  Paths are relative to the suite file.  Times in the file carry
+their unit in the key (`slo_ms`, `stall_s`, `max_minutes`).
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import re
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import msgspec
+from msgspec import Meta
+
+from llm_daemon.client.sync import is_path
+
+from .errors import SuiteError
+from .results import CaseInfo, CheckpointInfo
+from .toml_lines import line_of
+
+Name = Annotated[str, Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.+-]*$")]
+Count = Annotated[int, Meta(ge=1, le=1_000_000)]
+Several = Annotated[int, Meta(ge=0, le=1_000_000)]
+Seconds = Annotated[float, Meta(gt=0, le=1e7)]
+Event = Literal["connect", "headers", "first_event", "first_token", "first_content", "last_token", "done"]
+Kind = Literal["chat", "completion", "infill"]
+
+
+class Table(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Base of every table."""
+
+
+class SuiteTable(Table, kw_only=True):
+    """`[suite]`.  `up`: `one` server at a time, or `all` at once, which needs the memory for it.  `page_cache = "drop"` asks the
+    kernel to forget the model file before each launch.  `python_tests` allows checks that run code from replies.
+    `cool_down_s`: pause before each launch.
+    """
+
+    name: str
+    trials: Count = 6
+    launches: Count = 3
+    interleave: Literal["round", "none"] = "round"
+    up: Literal["one", "all"] = "one"
+    warmup: Several = 1
+    max_minutes: Seconds | None = None
+    seed: int | None = None
+    ready_s: Seconds = 300.0
+    stall_s: Seconds = 120.0
+    cool_down_s: Annotated[float, Meta(ge=0, le=3600)] = 0.0
+    page_cache: Literal["keep", "drop"] = "keep"
+    python_tests: bool = False
+
+
+class ServerTable(Table, kw_only=True):
+    """`[[server]]`: one server application.  Exactly one of `launch` (argv), `attach` (URL) and `engine` (of llm-daemon).
+
+    `ready`: path that answers 200 once the model is loaded.  `timings = "llamacpp"`: ask for exact token counts in each
+    chunk.  `model_name`: what goes into the request's `model`.  `models`: ids of `[[model]]` to run on it, all if left out.
+    `slots`: requests it serves at once.  `key_env`: variable with the bearer token.  `context`, `gpu_layers`, `args`: for `engine`.
+    """
+
+    id: Name
+    launch: Annotated[tuple[str, ...], Meta(min_length=1)] | None = None
+    attach: Annotated[str, Meta(pattern=r"^https?://")] | None = None
+    engine: str | None = None
+    via: Literal["direct", "daemon"] = "direct"
+    ready: Annotated[str, Meta(pattern="^/")] = "/health"
+    timings: Literal["llamacpp", "none"] = "none"
+    version: tuple[str, ...] | None = None
+    env: dict[str, str] = {}
+    slots: Count = 1
+    threads: Count | None = None
+    context: Count = 4096
+    gpu_layers: Several | None = None
+    args: tuple[str, ...] = ()
+    model_name: str | None = None
+    models: tuple[str, ...] | None = None
+    quants: tuple[str, ...] | None = None
+    key_env: str | None = None
+    infill: Literal["native", "suffix"] = "native"
+    stop_s: Seconds = 5.0
+
+    @property
+    def llamacpp(self) -> bool:
+        """Whether it understands llama.cpp's own request fields."""
+        return self.timings == "llamacpp" or self.engine in ("llama-server", "xllamacpp", "llamafile")
+
+
+class ModelTable(Table, kw_only=True):
+    """`[[model]]`.  `artifacts`: quantization -> file, or a name that llm-daemon knows (`smollm2-135m`)."""
+
+    id: Name
+    params: str = ""
+    artifacts: dict[str, str] = {}
+
+
+class Predicate(Table, kw_only=True):
+    """What may be asked of a reply.  Exactly one of these keys; `equals` goes with `json_path`."""
+
+    event: Event | None = None
+    chars: Count | None = None
+    tokens: Count | None = None
+    lines: Count | None = None
+    sentences: Count | None = None
+    contains: str | None = None
+    regex: str | None = None
+    code_block_closed: bool | None = None
+    python_parses: bool | None = None
+    json_path: str | None = None
+    equals: Any = None
+    json_complete: bool | None = None
+    schema_valid: bool | None = None
+    tool_name: str | None = None
+    tool_args_complete: bool | None = None
+    stop: bool | str | None = None
+
+    @property
+    def kind(self) -> str:
+        """The key that is given."""
+        return next(k for k in KINDS if getattr(self, k, None) is not None)
+
+    @property
+    def value(self) -> Any:
+        return getattr(self, self.kind)
+
+    def __str__(self) -> str:
+        text = self.kind if self.value is True else f"{self.kind} {self.value!r}"
+        return text if self.equals is None else f"{text} = {self.equals!r}"
+
+
+KINDS = (
+    "event", "chars", "tokens", "lines", "sentences", "contains", "regex", "code_block_closed", "python_parses", "json_path",
+    "json_complete", "schema_valid", "tool_name", "tool_args_complete", "stop", "python_test",
+)  # fmt: skip
+
+
+class Checkpoint(Predicate, kw_only=True):
+    """One of `checkpoints`.  `when = "settled"`: true, and true to the end from then on."""
+
+    id: Name
+    when: Literal["first", "settled"] = "first"
+    turn: Count = 1
+    slo_ms: Seconds | None = None
+
+
+class Check(Predicate, kw_only=True):
+    """`check`: asked of the final text (of the last turn).  `python_test`: a file that is run with the reply as `solution.py`."""
+
+    python_test: str | None = None
+
+
+class ToolTurn(Table, kw_only=True):
+    """A turn that gives the results of the tools called in the turn before: by name of the tool."""
+
+    tools: dict[str, str]
+
+
+class CaseTable(Table, kw_only=True):
+    """`[[case]]`.
+
+    `kind`: `chat` (`prompt` or `turns`, `system`), `completion` (`prompt` goes on), `infill` (`prompt` before, `suffix` after).
+    `cache`: `cold` puts a fresh nonce before the prompt, `warm` asks the same thing right before, `asis` does nothing.
+    `nonce`: how it is put there, with `{nonce}` in it.  `cold_start`: also once per launch as a server's very first request.
+    Load: `concurrency` streams at once, or `rate` requests a second whatever comes back (open loop); `requests` in all.
+    `early_stop`: hang up after the last checkpoint.  `body`: further fields of the request, as they are.
+    """
+
+    id: Name
+    kind: Kind = "chat"
+    system: str | None = None
+    prompt: str | None = None
+    prompt_file: str | None = None
+    turns: tuple[str | ToolTurn, ...] = ()
+    suffix: str | None = None
+    suffix_file: str | None = None
+    max_tokens: Count = 256
+    temperature: Annotated[float, Meta(ge=0)] = 0.0
+    seed: int | None = None
+    stop: tuple[str, ...] = ()
+    ignore_eos: bool = False
+    cache: Literal["cold", "warm", "asis"] = "asis"
+    nonce: str | None = None
+    cold_start: bool = False
+    response_schema: str | None = None
+    tools: str | None = None
+    tool_choice: str | None = None
+    body: dict[str, Any] = {}
+    concurrency: Count | None = None
+    rate: Annotated[float, Meta(gt=0)] | None = None
+    arrivals: Literal["poisson", "constant"] = "poisson"
+    requests: Count | None = None
+    trials: Count | None = None
+    warmup: Several | None = None
+    early_stop: bool = False
+    stall_s: Seconds | None = None
+    timeout_s: Seconds | None = None
+    servers: tuple[str, ...] | None = None
+    checkpoints: tuple[Checkpoint, ...] = ()
+    check: Check | tuple[Check, ...] = ()
+
+
+class _File(Table, kw_only=True):
+    suite: SuiteTable
+    server: Annotated[tuple[ServerTable, ...], Meta(min_length=1)]
+    model: tuple[ModelTable, ...] = ()
+    case: Annotated[tuple[CaseTable, ...], Meta(min_length=1)]
+
+
+class Case(msgspec.Struct, frozen=True):
+    """A case with its files read.  `turns`: what is said, in order; for completion and infill one text."""
+
+    table: CaseTable
+    turns: tuple[str | ToolTurn, ...]
+    suffix: str = ""
+    schema: dict[str, Any] | None = None
+    tools: tuple[dict[str, Any], ...] = ()
+    checks: tuple[Check, ...] = ()
+    python_tests: Mapping[str, str] = {}
+
+    @property
+    def id(self) -> str:
+        return self.table.id
+
+    @property
+    def streams(self) -> int:
+        """Requests of one trial: 1, or those of its load."""
+        return self.table.requests or self.table.concurrency or 1
+
+    @property
+    def parts(self) -> int:
+        """Lines of one trial in the results."""
+        return self.streams * len(self.turns)
+
+    def info(self) -> CaseInfo:
+        t = self.table
+        points = tuple(
+            CheckpointInfo(id=c.id, kind=c.kind, text=str(c), turn=c.turn, when=c.when, slo_ms=c.slo_ms) for c in t.checkpoints
+        )
+        return CaseInfo(
+            id=t.id, kind=t.kind, cache=t.cache, turns=len(self.turns), cold_start=t.cold_start, streams=self.streams,
+            rate=t.rate, checked=bool(self.checks), checkpoints=points,
+        )  # fmt: skip
+
+
+class Target(msgspec.Struct, frozen=True):
+    """server x model x quantization.  `artifact`: a path, a name that llm-daemon knows, or "" for an attached server."""
+
+    server: ServerTable
+    model: ModelTable
+    quant: str
+    artifact: str
+
+    @property
+    def id(self) -> str:
+        return f"{self.server.id}/{self.model.id}/{self.quant}"
+
+
+class Suite(msgspec.Struct, frozen=True):
+    """A whole suite.  `text` and `sha256` are the file's, with the texts of the cases in the hash."""
+
+    path: Path
+    text: str
+    sha256: str
+    table: SuiteTable
+    targets: tuple[Target, ...]
+    cases: tuple[Case, ...]
+
+    def cases_for(self, target: Target) -> tuple[Case, ...]:
+        return tuple(c for c in self.cases if c.table.servers is None or target.server.id in c.table.servers)
+
+
+def load(path: str | Path) -> Suite:
+    """Reads and checks a suite file.  Raises SuiteError with file and line."""
+    path = Path(path)
+    try:
+        text = path.read_text("utf-8")
+    except (OSError, UnicodeDecodeError) as e:
+        hint = "`llm-daemon bench init` writes one to start from"
+        raise SuiteError(f"cannot read {path}: {getattr(e, 'strerror', None) or e}", hint=hint) from None
+    return parse(text, path)
+
+
+def parse(text: str, path: Path) -> Suite:
+    """`load` for a text; `path` is where it would stand."""
+    try:
+        data = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as e:
+        raise SuiteError(f"{path}: not valid TOML: {e}") from None
+    try:
+        file = msgspec.convert(data, _File)
+    except msgspec.ValidationError as e:
+        raise _invalid(str(e), text, path) from None
+    reading = _Reading(path, text)
+    return reading.suite(file)
+
+
+_KEYS: dict[str, type[msgspec.Struct]] = {
+    "suite": SuiteTable, "server": ServerTable, "model": ModelTable, "case": CaseTable, "checkpoints": Checkpoint, "check": Check,
+}  # fmt: skip
+
+
+def _invalid(message: str, text: str, path: Path) -> SuiteError:
+    """msgspec's words and `$.case[0].x` as ours, with a line."""
+    what, _, where = message.partition(" - at `")
+    steps: list[str | int] = [int(n) if n else k for k, n in re.findall(r"\.([\w-]+)|\[(\d+|\.\.\.)\]", where.rstrip("`")) if n != "..."]
+    if unknown := re.search(r"contains unknown field `(.*)`", what):
+        key = unknown[1]
+        table = next((_KEYS[s] for s in reversed(steps) if isinstance(s, str) and s in _KEYS), _File)
+        known = table.__struct_fields__
+        near = difflib.get_close_matches(key, known, 1)
+        hint = f"did you mean {near[0]!r}?" if near else "keys are " + ", ".join(known)
+        return SuiteError(f"{path} line {line_of(text, [*steps, key])}: unknown key {key!r}", hint=hint)
+    if missing := re.search(r"missing required field `(.*)`", what):
+        return SuiteError(f"{path} line {line_of(text, steps)}: {_named(steps)} has no {missing[1]!r}")
+    return SuiteError(f"{path} line {line_of(text, steps)}: {_named(steps)}: {what[:1].lower() + what[1:]}")
+
+
+def _named(steps: list[str | int]) -> str:
+    return ".".join(str(s) for s in steps if isinstance(s, str)) or "the file"
+
+
+class _Reading:
+    """Files beside the suite, and what must hold between its parts."""
+
+    def __init__(self, path: Path, text: str) -> None:
+        self.path, self.text = path, text
+        self.hash = hashlib.sha256(text.encode())
+
+    def bad(self, message: str, *steps: str | int, hint: str = "") -> SuiteError:
+        return SuiteError(f"{self.path} line {line_of(self.text, steps)}: {message}", hint=hint)
+
+    def suite(self, file: _File) -> Suite:
+        for name, tables in (("server", file.server), ("model", file.model), ("case", file.case)):
+            self.distinct(name, [t.id for t in tables])
+        for i, server in enumerate(file.server):
+            self.server(i, server, [m.id for m in file.model])
+        cases = tuple(self.case(i, case, file) for i, case in enumerate(file.case))
+        targets = tuple(t for server in file.server for t in self.targets(server, file.model))
+        if not targets:
+            raise self.bad("no target: no server has a model to run", "server", 0, hint="[[model]] needs artifacts")
+        return Suite(self.path, self.text, self.hash.hexdigest(), file.suite, targets, cases)
+
+    def distinct(self, name: str, ids: list[str]) -> None:
+        for i, one in enumerate(ids):
+            if one in ids[:i]:
+                raise self.bad(f"two of [[{name}]] have the id {one!r}", name, i, "id")
+
+    def server(self, i: int, server: ServerTable, models: list[str]) -> None:
+        given = [k for k in ("launch", "attach", "engine") if getattr(server, k) is not None]
+        if len(given) != 1:
+            raise self.bad(f"server {server.id!r} needs exactly one of launch, attach and engine", "server", i)
+        if server.via == "daemon" and server.engine is None:
+            raise self.bad('via = "daemon" needs engine', "server", i, "via", hint="`llm-daemon engines` lists them")
+        if server.launch is not None:
+            for part in server.launch:
+                for field in re.findall(r"\{(\w*)\}", part):
+                    if field not in PLACES:
+                        hint = "known are " + ", ".join(PLACES) + "; write {{ for a brace"
+                        raise self.bad(f"unknown {{{field}}} in launch", "server", i, "launch", hint=hint)
+            if not any("{port}" in part or "{socket}" in part for part in server.launch):
+                raise self.bad("launch names neither {port} nor {socket}", "server", i, "launch")
+        for name in server.models or ():
+            if name not in models:
+                raise self.bad(f"no [[model]] {name!r}", "server", i, "models")
+
+    def targets(self, server: ServerTable, models: tuple[ModelTable, ...]) -> list[Target]:
+        out = []
+        for model in models:
+            if server.models is not None and model.id not in server.models:
+                continue
+            pairs = model.artifacts or ({"as-served": ""} if server.attach else {})
+            for quant, artifact in pairs.items():
+                if server.quants is None or quant in server.quants:
+                    out.append(Target(server, model, quant, self.artifact(artifact)))
+        if not models and server.attach:
+            out.append(Target(server, ModelTable(id="served"), "as-served", ""))
+        return out
+
+    def artifact(self, text: str) -> str:
+        if not text or not (is_path(text) or "/" in text and ":" not in text):
+            return text
+        return str(self.beside(text))
+
+    def beside(self, name: str) -> Path:
+        return (self.path.parent / Path(name).expanduser()).absolute()
+
+    def case(self, i: int, case: CaseTable, file: _File) -> Case:
+        where = ("case", i)
+        for name in case.servers or ():
+            if name not in [s.id for s in file.server]:
+                raise self.bad(f"no [[server]] {name!r}", *where, "servers")
+        turns = self.turns(case, where)
+        suffix = case.suffix or (self.read(case.suffix_file, *where, "suffix_file") if case.suffix_file else "")
+        schema = self.json(case.response_schema, dict, *where, "response_schema") if case.response_schema else None
+        tools = self.json(case.tools, list, *where, "tools") if case.tools else ()
+        checks = case.check if isinstance(case.check, tuple) else (case.check,)
+        self.load_of(case, turns, where)
+        self.distinct_points(case, where)
+        for n, point in enumerate(case.checkpoints):
+            self.predicate(point, case, *where, "checkpoints", n)
+            if point.turn > len(turns):
+                raise self.bad(f"checkpoint {point.id!r}: there is no turn {point.turn}", *where, "checkpoints", n, "turn")
+        tests = {}
+        for n, check in enumerate(checks):
+            self.predicate(check, case, *where, "check", *((n,) if isinstance(case.check, tuple) else ()))
+            if check.python_test:
+                if not file.suite.python_tests:
+                    raise self.bad(
+                        "python_test runs code from replies", *where, "check",
+                        hint="allow it with python_tests = true in [suite]; it runs under limits, not in a prison",
+                    )  # fmt: skip
+                tests[check.python_test] = self.read(check.python_test, *where, "check")
+        return Case(case, turns, suffix, schema, tuple(tools), checks, tests)
+
+    def turns(self, case: CaseTable, where: tuple[str, int]) -> tuple[str | ToolTurn, ...]:
+        given = [k for k in ("prompt", "prompt_file", "turns") if getattr(case, k) not in (None, ())]
+        if len(given) != 1:
+            raise self.bad(f"case {case.id!r} needs exactly one of prompt, prompt_file and turns", *where)
+        if case.kind != "chat":
+            for key in ("turns", "system", "tools", "response_schema"):
+                if getattr(case, key) not in (None, ()):
+                    raise self.bad(f"{key} goes with kind = 'chat' only", *where, key)
+        if case.kind != "infill" and (case.suffix or case.suffix_file):
+            raise self.bad("suffix goes with kind = 'infill' only", *where, "suffix")
+        if case.turns:
+            if isinstance(case.turns[0], ToolTurn):
+                raise self.bad("the first turn must be a text", *where, "turns", 0)
+            return case.turns
+        text = case.prompt if case.prompt is not None else self.read(case.prompt_file or "", *where, "prompt_file")
+        return (text,)
+
+    def load_of(self, case: CaseTable, turns: tuple[Any, ...], where: tuple[str, int]) -> None:
+        if case.concurrency and case.rate:
+            raise self.bad("concurrency and rate exclude each other", *where, "rate")
+        if case.requests and not (case.concurrency or case.rate):
+            raise self.bad("requests goes with concurrency or rate", *where, "requests")
+        if case.rate and not case.requests:
+            raise self.bad("rate needs requests: how many in all", *where, "rate")
+        if (case.concurrency or case.rate) and len(turns) > 1:
+            raise self.bad("a load has one turn", *where, "turns")
+        if case.nonce is not None and "{nonce}" not in case.nonce:
+            raise self.bad("nonce must have {nonce} in it", *where, "nonce")
+
+    def distinct_points(self, case: CaseTable, where: tuple[str, int]) -> None:
+        ids = [c.id for c in case.checkpoints]
+        for n, one in enumerate(ids):
+            if one in ids[:n]:
+                raise self.bad(f"two checkpoints have the id {one!r}", *where, "checkpoints", n, "id")
+
+    def predicate(self, p: Predicate, case: CaseTable, *where: str | int) -> None:
+        given = [k for k in KINDS if getattr(p, k, None) is not None]
+        if len(given) != 1:
+            what = " and ".join(given) if given else "nothing"
+            raise self.bad(f"one kind of checkpoint each, here is {what}", *where, hint="kinds are " + ", ".join(KINDS))
+        if p.value is False:
+            raise self.bad(f"{p.kind} can only be true", *where, p.kind, hint="leave it out instead")
+        if p.regex is not None:
+            try:
+                re.compile(p.regex)
+            except re.error as e:
+                raise self.bad(f"regex {p.regex!r}: {e}", *where, "regex") from None
+        if p.json_path is not None:
+            from .partial_json import steps
+
+            try:
+                steps(p.json_path)
+            except ValueError as e:
+                raise self.bad(str(e), *where, "json_path") from None
+        elif p.equals is not None:
+            raise self.bad("equals goes with json_path", *where, "equals")
+        if p.schema_valid and not case.response_schema:
+            raise self.bad("schema_valid needs response_schema in the case", *where)
+
+    def read(self, name: str, *where: str | int) -> str:
+        try:
+            text = self.beside(name).read_text("utf-8")
+        except (OSError, UnicodeDecodeError) as e:
+            raise self.bad(f"cannot read {name}: {getattr(e, 'strerror', None) or e}", *where) from None
+        self.hash.update(b"\0" + name.encode() + b"\0" + text.encode())
+        return text
+
+    def json(self, name: str, kind: type, *where: str | int) -> Any:
+        try:
+            found = msgspec.json.decode(self.read(name, *where))
+        except msgspec.MsgspecError as e:
+            raise self.bad(f"{name}: {e}", *where) from None
+        if not isinstance(found, kind):
+            raise self.bad(f"{name}: must hold a JSON {'object' if kind is dict else 'array'}", *where)
+        return found
+
+
+# What may stand in braces in `launch`.
+PLACES = ("artifact", "port", "host", "socket", "threads", "context", "slots", "alias", "gpu_layers")
