@@ -15,7 +15,7 @@ ENTRIES = 70
 MONTHS = ("January", "February", "March", "April", "May", "June")
 FACT = "The firm of Halvorsen delivered the new pump of the east basin; the old one had run for nineteen years."
 OPENINGS = (
-    "Wind from the {wind}, {force}.", "Calm until noon, then {force} from the {wind}.", "Fog in the morning; it lifted at {hour}.",
+    "Wind from the {wind}, {force}.", "Calm until noon, then {force} from the {wind}.", "Fog until {hour}.",
     "Rain since {hour}, wind {wind}.", "Clear and cold, {force} from the {wind}.",
 )  # fmt: skip
 EVENTS = (
@@ -63,7 +63,7 @@ def logbook(entries: int = ENTRIES) -> str:
     (1, True, True)
     """
     rng = random.Random(entries)
-    ask = "Which firm delivered the new pump of the east basin? Answer in one sentence and give the number of the entry in brackets."
+    ask = "Which firm delivered the new pump of the east basin? Answer in one sentence, with the number of the entry in brackets."
     lines = [f"This is the logbook of a small harbour. {ask}", ""]
     spot = entries * 2 // 3
     for number in range(1, entries + 1):

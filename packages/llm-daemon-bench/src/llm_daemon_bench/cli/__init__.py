@@ -14,6 +14,7 @@ VERBS: dict[str, str] = {
     "list": "Show the sessions there are.",
     "show": "Show one session: its cells, medians and failures.",
     "doctor": "Look for what would spoil a measurement here.",
+    "validate": "Hold our numbers against references, and print how far they agree.",
 }
 ENDINGS = "Exit status: 0 fine, 1 a gate was not passed, 2 wrong usage, 3 the machine or a server's fault, 130 interrupted."
 

@@ -61,7 +61,7 @@ class Piece(NamedTuple):
 
     at_ms: float
     data: bytes
-    kind: str  # head, half, progress, role, token, finish, usage, error, done, end, die
+    kind: str  # head, half, progress, role, token, finish, usage, error, done, end, die, refused
     text: str = ""  # content for the user
     thought: str = ""
     call: str = ""  # of a tool call: its name, or a piece of its arguments
@@ -96,12 +96,13 @@ def plan(script: Script, path: str, request: Mapping[str, Any]) -> list[Piece]:
     words = Words(path, str(request.get("model", "scripted")))
     if script.status != 200:
         body = {"error": {"code": script.status, "message": "as the script wants", "type": "server_error"}}
-        return [Piece(script.prefill_ms, whole(script.status, body), "error")]
+        return [Piece(script.prefill_ms, whole(script.status, body), "refused")]
     total = Total(script, tokens, prompt_words(request))
     if not request.get("stream"):
         at = tokens[-1].at_ms if tokens else script.prefill_ms
         return [Piece(at, whole(200, words.complete(tokens, total)), "token", *shown(tokens))]
-    return list(Stream(script, tokens, words, total).pieces())
+    each = script.timings and bool(request.get("timings_per_token"))
+    return list(Stream(script, tokens, words, total, each).pieces())
 
 
 def prompt_words(request: Mapping[str, Any]) -> int:
@@ -198,6 +199,7 @@ class Stream:
     tokens: list[Token]
     words: Words
     total: Total
+    each: bool = False  # llama.cpp's timings with each chunk
 
     def pieces(self) -> Iterator[Piece]:
         """All of them, in the order of their times."""
@@ -218,7 +220,7 @@ class Stream:
                 return
             if script.die_after is not None and gone >= script.die_after:
                 yield Piece(at, b"", "die")
-            yield from self.chunk(chunk)
+            yield from self.chunk(chunk, gone)
             gone += len(chunk)
         yield from self.ending(at)
 
@@ -246,11 +248,14 @@ class Stream:
         }
         yield from self.event(at, self.words.event({"delta": {}}, prompt_progress=done), "progress")
 
-    def chunk(self, tokens: list[Token]) -> Iterator[Piece]:
-        """One chunk of tokens: an event, or two halves of it."""
+    def chunk(self, tokens: list[Token], gone: int) -> Iterator[Piece]:
+        """One chunk of tokens, after so many others: an event, or two halves of it."""
         field, at = tokens[0].field, tokens[-1].at_ms
         first = field == "call" and tokens[0] == next(t for t in self.tokens if t.field == "call")
-        raw = self.raw(self.words.delta(field, "".join(t.says for t in tokens), first))
+        event = self.words.delta(field, "".join(t.says for t in tokens), first)
+        if self.each:
+            event["timings"] = {**self.total.timings(), "predicted_n": gone + len(tokens)}
+        raw = self.raw(event)
         if self.script.cut:
             spot = next((i + 1 for i, byte in enumerate(raw) if byte >= 0xC0), len(raw) // 2)
             yield Piece(at - self.script.token_ms / 2, chunked(raw[:spot]), "half")
@@ -325,12 +330,12 @@ class Truth:
     def events(self) -> dict[str, int]:
         """Stamps of the events of a request under the names that the benchmark uses; one that never came is missing."""
         found = {
-            "headers": self.first(lambda s: s.kind == "head"),
-            "first_event": self.first(lambda s: s.kind not in ("head", "half", "end")),
+            "headers": self.first(lambda s: s.kind in ("head", "refused")),
+            "first_event": self.first(lambda s: s.kind not in ("head", "half", "end", "refused")),
             "first_token": self.first(lambda s: s.tokens > 0),
             "first_content": self.first(lambda s: bool(s.text)),
             "last_token": max((s.at_ns for s in self.sent if s.tokens), default=None),
-            "done": self.first(lambda s: s.kind == "done"),
+            "done": self.first(lambda s: s.kind == "end") if self.whole else None,
         }
         return {name: at for name, at in found.items() if at is not None}
 
@@ -342,6 +347,18 @@ class Truth:
             if piece.text and holds(text):
                 return piece.at_ns
         return None
+
+    @property
+    def whole(self) -> bool:
+        """Whether the stream came to its end and said why."""
+        return any(s.kind == "finish" for s in self.sent) and self.sent[-1].kind == "end"
+
+    @property
+    def ms_per_token(self) -> float | None:
+        """From the first chunk with tokens to the last; None if there is but one."""
+        chunks = [s for s in self.sent if s.tokens]
+        steps = sum(s.tokens for s in chunks[1:])
+        return (chunks[-1].at_ns - chunks[0].at_ns) / 1e6 / steps if steps else None
 
     @property
     def tokens(self) -> int:

@@ -29,7 +29,7 @@ def decode_pairs(trials: Sequence[Trial]) -> list[tuple[float, float]]:
 
 
 def overheads(trials: Sequence[Trial]) -> list[tuple[float, float]]:
-    """(first token as we saw it, the server's prompt time), milliseconds: between the two lie HTTP, template, tokenizing, queue."""
+    """(first token as we saw it, the server's prompt time), ms: between the two lie HTTP, template, tokenizing and queue."""
     return [
         (t.t_ms["first_token"], t.server_ms.prompt)
         for t in trials
