@@ -20,7 +20,10 @@ id = "{id}"
 prompt = "say something"
 cache = "{cache}"
 max_tokens = 16
-checkpoints = [ {{ id = "first", event = "first_token" }}, {{ id = "from", contains = "from" }}, {{ id = "never", contains = "NEVER" }} ]
+checkpoints = [
+  {{ id = "first", event = "first_token" }},
+  {{ id = "from", contains = "from" }},
+  {{ id = "never", contains = "NEVER" }} ]
 check = {{ contains = "engine" }}
 """
 Write = Callable[..., Path]
@@ -48,13 +51,20 @@ def write(tmp_path: Path) -> Write:
     """
 
     def make(
-        servers: dict[str, dict[str, Any]] | None = None, *, suite: str = "", cases: str | None = None, server: str = "", name: str = "s"
+        servers: dict[str, dict[str, Any]] | None = None,
+        *,
+        suite: str = "",
+        cases: str | None = None,
+        server: str = "",
+        name: str = "s",
     ) -> Path:
         parts = [f'[suite]\nname = "{name}"\nseed = 1\n{suite}\n']
         for i, (sid, scenario) in enumerate((servers or {"a": {}}).items()):
             model = tmp_path / f"{name}-{sid}.fake.json"
             model.write_text(json.dumps(scenario))
-            parts.append(f'[[server]]\nid = "{sid}"\nlaunch = {FAKE}\nmodels = ["m{i}"]\nversion = ["true"]\nstop_s = 1\n{server}\n')
+            parts.append(
+                f'[[server]]\nid = "{sid}"\nlaunch = {FAKE}\nmodels = ["m{i}"]\nversion = ["true"]\nstop_s = 1\n{server}\n'
+            )
             parts.append(f'[[model]]\nid = "m{i}"\nartifacts = {{ q = {json.dumps(str(model))} }}\n')
         path = tmp_path / f"{name}.toml"
         path.write_text("\n".join(parts) + (CASE.format(id="hello", cache="asis") if cases is None else cases))

@@ -102,7 +102,8 @@ def test_tool_calls_grow_in_pieces(tmp_path: Path) -> None:
 
 
 def test_completed_code_is_judged_with_what_stands_around_it(tmp_path: Path) -> None:
-    body = 'kind = "infill"\nprompt = "def f(x):\\n    return "\nsuffix = "\\n\\nf(1)\\n"\ncheckpoints = [ { id = "ok", python_parses = true } ]'
+    body = 'kind = "infill"\nprompt = "def f(x):\\n    return "\nsuffix = "\\n\\nf(1)\\n"\n'
+    body += 'checkpoints = [ { id = "ok", python_parses = true } ]'
     found, view = evaluate(case(tmp_path, body), 1, pieces("x", " +", " 1"), {}, 99.0, True)
     assert found["ok"].ms == 31.0
     assert view.code() == "def f(x):\n    return x + 1\n\nf(1)\n"

@@ -81,8 +81,12 @@ def test_each_read_is_stamped_and_kept(place: tuple[Server, Endpoint]) -> None:
         go.wait(10)
         client.sendall(chunk(b"data: 2\n\n") + b"0\r\n\r\n")
 
+    def look(ms: float, data: bytes) -> bool:
+        go.set()
+        return False
+
     server.serve(handler)
-    raw = stream(endpoint, "/v1/x", {"a": 1}, stall_s=10, enough=lambda ms, data: bool(go.set()))
+    raw = stream(endpoint, "/v1/x", {"a": 1}, stall_s=10, enough=look)
     assert [data for _, data in raw.chunks] == [b"data: 1\n\n", b"data: 2\n\n"]
     assert (raw.finish, raw.error, raw.status) == ("done", None, 200)
     times = [raw.headers_ms or 0, *(ms for ms, _ in raw.chunks), raw.end_ms]
@@ -94,10 +98,10 @@ def test_each_read_is_stamped_and_kept(place: tuple[Server, Endpoint]) -> None:
     assert (b"Authorization: Bearer k" in seen[0]) == (endpoint.socket is not None)
 
 
-def failing(place: tuple[Server, Endpoint], handler: Handler, **options: float) -> Raw:
+def failing(place: tuple[Server, Endpoint], handler: Handler, stall_s: float = 10.0, timeout_s: float | None = None) -> Raw:
     server, endpoint = place
     server.serve(handler)
-    return stream(endpoint, "/", {}, **{"stall_s": 10.0, **options})
+    return stream(endpoint, "/", {}, stall_s=stall_s, timeout_s=timeout_s)
 
 
 def test_a_stall_is_told_and_what_came_is_kept(place: tuple[Server, Endpoint]) -> None:

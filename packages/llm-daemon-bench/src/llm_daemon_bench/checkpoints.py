@@ -99,8 +99,10 @@ def sentences(view: View) -> int:
 def python_parses(view: View) -> bool:
     """Whether the code so far is whole lines of valid Python, and more than blanks.
 
-    >>> python_parses(View("```python\\nx = 1\\n")), python_parses(View("x = (")), python_parses(View(" 1\\n", before="x =", completion=True))
-    (True, False, True)
+    >>> python_parses(View("```python\\nx = 1\\n")), python_parses(View("x = ("))
+    (True, False)
+    >>> python_parses(View(" 1\\n", before="x =", completion=True))
+    True
     """
     code = view.code()
     said = view.text if view.completion else code
@@ -172,9 +174,7 @@ def predicate(p: Predicate) -> Callable[[View], bool]:
 def blank(case: Case) -> View:
     """A reply to this case before its first byte."""
     completion = case.table.kind != "chat"
-    return View(
-        before=str(case.turns[0]) if completion else "", after=case.suffix, schema=case.schema, completion=completion
-    )
+    return View(before=str(case.turns[0]) if completion else "", after=case.suffix, schema=case.schema, completion=completion)
 
 
 class Watch:
@@ -203,7 +203,7 @@ def evaluate(
 ) -> tuple[dict[str, Reached], View]:
     """Each checkpoint of this turn, and the reply at its end.
 
-    `pieces` in order; `end_ms`: until when we looked; `whole`: the stream came to its own end, so the last line and sentence count.
+    `pieces` in order; `end_ms`: until when we looked; `whole`: the stream came to its own end, so its last line is a line.
     """
     points = [c for c in case.table.checkpoints if c.turn == turn]
     asked = [c for c in points if c.kind != "event"]

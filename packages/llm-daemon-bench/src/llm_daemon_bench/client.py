@@ -94,12 +94,11 @@ def stream(
     timeout_s: float | None = None,
     enough: Callable[[float, bytes], bool] | None = None,
     t0_ns: int | None = None,
-    on_open: Callable[[socket.socket], object] | None = None,
 ) -> Raw:
     """Sends a POST and reads the answer to its end.  Never raises for what the server does: `Raw.error` says it.
 
     `stall_s`: most seconds without a byte; `timeout_s`: for everything.  `enough(ms, chunk)`: after each read, hangs up if true.
-    `t0_ns`: the intended time of an open-loop request, counted from instead of the true one.  `on_open` gets the connected socket.
+    `t0_ns`: the intended time of an open-loop request, counted from instead of the true one.
     """
     data = json.dumps(body).encode()
     headers = {"Content-Type": "application/json", "Accept": "text/event-stream", "Connection": "close", **endpoint.headers}
@@ -108,8 +107,6 @@ def stream(
     raw = Raw(t0_ns if t0_ns is not None else began)
     try:
         connection.connect()
-        if on_open is not None:
-            on_open(connection.sock)
         raw.connect_ms = (perf_counter_ns() - began) / 1e6
         if connection.sock.family != getattr(socket, "AF_UNIX", None):
             connection.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)

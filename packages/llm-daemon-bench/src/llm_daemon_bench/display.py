@@ -79,7 +79,8 @@ class Display:
         left_column = TextColumn("{task.fields[left]:>9}", markup=False)
         now_column = TextColumn("{task.fields[now]}", markup=False)
         self._bar = Progress(
-            TextColumn("{task.description}", markup=False), BarColumn(bar_width=24), MofNCompleteColumn(), left_column, now_column,
+            TextColumn("{task.description}", markup=False), BarColumn(bar_width=24), MofNCompleteColumn(), left_column,
+            now_column,
             console=Console(stderr=True),
         )  # fmt: skip
         self._tasks = {name: self._bar.add_task(clean(name), total=n, left="", now="") for name, n in left.items()}

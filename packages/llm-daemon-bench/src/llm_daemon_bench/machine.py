@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import psutil
 
@@ -78,7 +79,7 @@ def boot_id() -> str:
 def power() -> str:
     """`mains`, `battery`, or "" where there is no battery."""
     try:
-        battery = psutil.sensors_battery()  # type: ignore[no-untyped-call]
+        battery = psutil.sensors_battery()
     except (AttributeError, OSError):
         battery = None
     return "" if battery is None else "mains" if battery.power_plugged else "battery"
@@ -92,11 +93,12 @@ def conditions() -> Conditions:
 
 def mhz() -> float | None:
     """Mean clock of the cores."""
+    found: Any = None  # None on some machines, whatever the stubs say
     try:
         found = psutil.cpu_freq()
     except (OSError, NotImplementedError, RuntimeError):
         return None
-    return round(found.current) if found is not None and found.current else None
+    return round(found.current) if found and found.current else None
 
 
 def temperature() -> float | None:

@@ -21,7 +21,7 @@ _DEPTH = 200  # of brackets: deeper replies count as never complete
 
 @dataclass(slots=True)
 class Node:
-    """A value as far as it goes: `value` is a dict or list of nodes, or a plain JSON scalar; `complete` once nothing can follow."""
+    """A value as far as it goes: `value` is a dict or list of nodes, or a JSON scalar; `complete` once nothing can follow."""
 
     value: Any
     complete: bool

@@ -62,8 +62,8 @@ def most_repeats(suite: Suite, target: Target) -> int:
 def visits(suite: Suite, seed: int) -> Iterator[list[Visit]]:
     """The visits, in groups: after each group, every server is stopped.
 
-    `up = "one"`: a group is one visit, which is one launch.  `up = "all"`: a group is one launch of all targets, which are visited
-    once for each repeat.  `interleave = "round"`: a fresh random order in each round; `none`: as they stand.
+    `up = "one"`: a group is one visit, which is one launch.  `up = "all"`: a group is one launch of all targets, which are
+    visited once for each repeat.  `interleave = "round"`: a fresh random order in each round; `none`: as they stand.
     """
     table, number = suite.table, 0
     if table.interleave == "none" and table.up == "one":
@@ -73,7 +73,9 @@ def visits(suite: Suite, seed: int) -> Iterator[list[Visit]]:
         return
     for launch in range(1, table.launches + 1):
         group: list[Visit] = []
-        spans = [(1, 0)] if table.up == "one" else [(r, r) for r in range(1, max(most_repeats(suite, t) for t in suite.targets) + 1)]
+        spans = (
+            [(1, 0)] if table.up == "one" else [(r, r) for r in range(1, max(most_repeats(suite, t) for t in suite.targets) + 1)]
+        )
         for first, last in spans:
             number += 1
             for target in ordered(suite.targets, seed, number, table.interleave == "round"):
@@ -101,7 +103,7 @@ def warmups(suite: Suite, visit: Visit) -> list[Job]:
 
 
 def jobs(suite: Suite, visit: Visit, seed: int) -> list[Job]:
-    """The trials of a visit: repeat by repeat, the cases of each in a fresh random order (`interleave = "none"`: as they stand)."""
+    """The trials of a visit: repeat by repeat, the cases in a fresh random order (`interleave = "none"`: as they stand)."""
     out: list[Job] = []
     for repeat in range(visit.first, visit.last + 1):
         cases = [case for case in suite.cases_for(visit.target) if repeat <= repeats(suite, case)]

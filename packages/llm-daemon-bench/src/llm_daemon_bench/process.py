@@ -77,11 +77,15 @@ class Process:
             if not data or (within and (self.pid or "error" in self._report)):
                 return
 
-    def exit(self) -> str | None:
-        """How it ended, in words; None while it lives."""
+    def exit(self, within: float = 0.0) -> str | None:
+        """How it ended, in words; None while it lives.  One that is just dying gets `within` seconds to be seen dead."""
         if self._lifeline < 0:
             return "stopped"
+        end = monotonic() + within
         self._listen(0)
+        while "exit" not in self._report and self._keeper.poll() is None and (left := end - monotonic()) > 0:
+            select.select([self._status], [], [], left)  # whatever the keeper says next, or its end
+            self._listen(0)
         if self._keeper.poll() is None and "exit" not in self._report:
             return None
         status, number = self._report.get("exit"), self._report.get("signal")

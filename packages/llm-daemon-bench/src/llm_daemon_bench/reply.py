@@ -9,6 +9,7 @@ import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from statistics import median
 from typing import Any
 
@@ -242,7 +243,7 @@ def gaps(pieces: Sequence[Piece]) -> Gaps | None:
     >>> gaps([Piece(0.0), Piece(1.0), Piece(4.0)])
     Gaps(n=2, p50=2.0, p99=3.0, max=3.0)
     """
-    between = sorted(b.ms - a.ms for a, b in zip(pieces, pieces[1:], strict=False))
+    between = sorted(b.ms - a.ms for a, b in pairwise(pieces))
     if not between:
         return None
     rank = -(-99 * len(between) // 100) - 1  # nearest rank

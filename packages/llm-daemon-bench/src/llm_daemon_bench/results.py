@@ -36,14 +36,14 @@ class Record(msgspec.Struct, frozen=True):
     """Base of all.  `kw_only` is not inherited.  Unknown fields are ignored when read: a later version may know more."""
 
 
-class ServerRef(Record, kw_only=True):
+class ServerRef(Record, frozen=True, kw_only=True):
     """Which server application, and what it said its version is ("" if it does not tell)."""
 
     id: str
     version: str = ""
 
 
-class Reached(Record, kw_only=True, omit_defaults=True):
+class Reached(Record, frozen=True, kw_only=True, omit_defaults=True):
     """One checkpoint.  `ms`: time from t0 until it was reached, None if never; then it was looked for until `censored_ms`.
 
     `tok`: tokens of the reply (reasoning included) that had come by then, None where they cannot be counted.
@@ -54,14 +54,14 @@ class Reached(Record, kw_only=True, omit_defaults=True):
     censored_ms: float | None = None
 
 
-class Check(Record, kw_only=True, omit_defaults=True):
+class Check(Record, frozen=True, kw_only=True, omit_defaults=True):
     """Whether the final text was right; `why` is one line about a failure."""
 
     passed: bool = msgspec.field(name="pass")
     why: str = ""
 
 
-class Tokens(Record, kw_only=True):
+class Tokens(Record, frozen=True, kw_only=True):
     """Counts.  `cached`: prompt tokens the server did not process again.  None: nobody told.
 
     `source` of `out`: `usage` (the server's usage block), `timings` (llama.cpp's timings), `chunks` (events with text: an
@@ -75,14 +75,14 @@ class Tokens(Record, kw_only=True):
     source: Literal["usage", "timings", "chunks", "none"] = "none"
 
 
-class ServerTimes(Record, kw_only=True):
+class ServerTimes(Record, frozen=True, kw_only=True):
     """What the server says of itself: milliseconds for the prompt and for all generated tokens."""
 
     prompt: float | None = None
     decode: float | None = None
 
 
-class Gaps(Record, kw_only=True):
+class Gaps(Record, frozen=True, kw_only=True):
     """Milliseconds between events with text (chunks, not tokens): median, 99th percentile (nearest rank), largest."""
 
     n: int
@@ -91,7 +91,7 @@ class Gaps(Record, kw_only=True):
     max: float | None = None
 
 
-class Resources(Record, kw_only=True):
+class Resources(Record, frozen=True, kw_only=True):
     """Of the server's process tree.  `cpu_s`: seconds of CPU time during this trial; `energy_j`: of the whole CPU package."""
 
     rss_mib: float | None = None
@@ -101,7 +101,7 @@ class Resources(Record, kw_only=True):
     energy_j: float | None = None
 
 
-class Conditions(Record, kw_only=True):
+class Conditions(Record, frozen=True, kw_only=True):
     """Of the machine just before the trial; `swap_in`: pages swapped in during it, `temp_c`: hottest CPU sensor."""
 
     load1: float | None = None
@@ -110,14 +110,14 @@ class Conditions(Record, kw_only=True):
     swap_in: int | None = None
 
 
-class Client(Record, kw_only=True):
+class Client(Record, frozen=True, kw_only=True):
     """What measuring cost: CPU time of this process during the trial, and the 99th percentile of its own wake-up lag."""
 
     cpu_ms: float | None = None
     lag_p99_ms: float | None = None
 
 
-class Trial(Record, kw_only=True, tag_field="type", tag="trial"):
+class Trial(Record, frozen=True, kw_only=True, tag_field="type", tag="trial"):
     """One part of one trial: one case on one target in one launch, repeat `repeat` (from 1), part `part` of `parts`.
 
     `key` names the trial (all parts share it) across resumed runs.  `target` is `server/model/quant` (and what tells
@@ -169,10 +169,10 @@ class Trial(Record, kw_only=True, tag_field="type", tag="trial"):
     error: str | None = None
 
 
-class Launch(Record, kw_only=True, tag_field="type", tag="launch"):
+class Launch(Record, frozen=True, kw_only=True, tag_field="type", tag="launch"):
     """One start of a target's server.  `cp`: see LIFECYCLE.  `argv` as it was run.  `start`: from 1; a launch has several
-    where several cases want to be a server's first request.  `first`: the case that was its first request, None for a short one of
-    the bench's own.  `error`: why it never got ready (then `last_words` are its last lines), or how it died.
+    where several cases want to be a server's first request.  `first`: the case that was its first request, None for a short
+    one of the bench's own.  `error`: why it never got ready (then `last_words` are its last lines), or how it died.
     """
 
     schema: int = SCHEMA
@@ -198,7 +198,7 @@ class Launch(Record, kw_only=True, tag_field="type", tag="launch"):
     last_words: str = ""
 
 
-class Artifact(Record, kw_only=True):
+class Artifact(Record, frozen=True, kw_only=True):
     """The weights.  `quant_name`: what a GGUF header says; `sha256` hex, of the whole file."""
 
     path: str
@@ -207,7 +207,7 @@ class Artifact(Record, kw_only=True):
     quant_name: str | None = None
 
 
-class TargetInfo(Record, kw_only=True):
+class TargetInfo(Record, frozen=True, kw_only=True):
     """One target as it was run.  `argv`: with `{port}` and the like left open; `command`: what a person would type."""
 
     id: str
@@ -222,7 +222,7 @@ class TargetInfo(Record, kw_only=True):
     command: str = ""
 
 
-class CheckpointInfo(Record, kw_only=True):
+class CheckpointInfo(Record, frozen=True, kw_only=True):
     """One checkpoint as the suite has it; `text` says what it is in words (`regex 'return'`)."""
 
     id: str
@@ -233,7 +233,7 @@ class CheckpointInfo(Record, kw_only=True):
     slo_ms: float | None = None
 
 
-class CaseInfo(Record, kw_only=True):
+class CaseInfo(Record, frozen=True, kw_only=True):
     """One case as the suite has it."""
 
     id: str
@@ -247,7 +247,7 @@ class CaseInfo(Record, kw_only=True):
     checkpoints: tuple[CheckpointInfo, ...] = ()
 
 
-class Machine(Record, kw_only=True):
+class Machine(Record, frozen=True, kw_only=True):
     """Where it ran; None or "" where the system does not tell."""
 
     os: str = ""
@@ -265,7 +265,7 @@ class Machine(Record, kw_only=True):
     power: str = ""
 
 
-class Session(Record, kw_only=True):
+class Session(Record, frozen=True, kw_only=True):
     """One invocation, resumed ones included.  `began`, `ended`, `resumed`: Unix times; `ended` None while unfinished.
 
     `git`: commit of the suite's folder, with `+` if files there were changed; "" outside of git.
@@ -293,7 +293,7 @@ class Session(Record, kw_only=True):
     notes: tuple[str, ...] = ()
 
 
-class Stream(Record, kw_only=True, omit_defaults=True):
+class Stream(Record, frozen=True, kw_only=True, omit_defaults=True):
     """The raw reply of one part of a trial: `body` as it came, `at_us[i]` after t0 its first `ends[i]` bytes were read."""
 
     key: str

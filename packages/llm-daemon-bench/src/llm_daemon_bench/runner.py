@@ -25,6 +25,7 @@ from .trial import Bench, first_token, slot_free
 
 FAILURES = 2  # launches in a row that never got ready, until a target is given up
 DEATHS = 3  # in one launch
+DYING_S = 1.0  # for a server that broke a connection off to be seen dead
 
 
 class Watcher(Protocol):
@@ -72,7 +73,7 @@ def prepare(suite: Suite, finder: Finder, problem: Callable[[str, str], None]) -
 
 @dataclass(slots=True)
 class Summary:
-    """`trials` were run now, `kept` were there before; `lost` targets with their reasons; `out_of_time`: the budget was used up."""
+    """`trials` were run now, `kept` were there before; `lost` targets with their reasons; `out_of_time`: no time left."""
 
     trials: int = 0
     kept: int = 0
@@ -108,7 +109,7 @@ class Runner:
         self._starter = servers.Starter(suite, logs)
 
     def run(self) -> Summary:
-        """Everything that is not on the disk yet.  Raises MachineError when results cannot be written; servers are stopped then, too."""
+        """Everything that is not on the disk yet.  Raises MachineError when results cannot be written; no server is left then."""
         self.watcher.planned({name: sum(1 for _ in self._missing(name)) for name in self.ready})
         self.summary.kept = sum(plan.total(self.suite, r.target) for r in self.ready.values()) - sum(
             1 for name in self.ready for _ in self._missing(name)
@@ -128,6 +129,9 @@ class Runner:
                     except NotReady as e:
                         self._not_ready(visit, e)
                 self._stop_all()
+        for name in () if self.summary.out_of_time else self.ready:
+            if name not in self.summary.lost and (left := sum(1 for _ in self._missing(name))):
+                self.summary.lost[name] = f"{left} of its trials could not be held"
         return self.summary
 
     def _late(self) -> bool:
@@ -146,7 +150,10 @@ class Runner:
 
     def _visit(self, visit: Visit) -> None:
         ready = self.ready[visit.target.id]
-        fresh = lambda job: job.key(ready.identity) not in self.writer.done  # noqa: E731
+
+        def fresh(job: Job) -> bool:
+            return job.key(ready.identity) not in self.writer.done
+
         cold = plan.cold_starts(self.suite, visit) if visit.first == 1 else []
         todo = [job for job in plan.jobs(self.suite, visit, self.seed) if fresh(job)]
         for start, job in enumerate(cold, 1):
@@ -157,13 +164,20 @@ class Runner:
                 if start < len(cold):
                     self._stop(visit.target.id)
         for job in todo:
-            if self._over(visit):
+            up = self._warm(visit, len(cold) or 1)
+            if up is None:
                 return
-            up = self._up.get(visit.target.id) or self._bring_up(visit, len(cold) or 1)
+            self._trial(visit, up, job)
+
+    def _warm(self, visit: Visit, start: int) -> Up | None:
+        """The target's server, started and warmed up if need be; None if there is no more to do here.  Raises NotReady."""
+        while not self._over(visit):
+            up = self._up.get(visit.target.id) or self._bring_up(visit, start)
             if not up.warm:
                 self._warm_up(visit, up)
-            if self._up.get(visit.target.id) is up:  # else it died over a warm-up
-                self._trial(visit, up, job)
+            if self._up.get(visit.target.id) is up:  # else it died over that
+                return up
+        return None
 
     def _over(self, visit: Visit) -> bool:
         return visit.target.id in self.summary.lost or self._late()
@@ -211,13 +225,27 @@ class Runner:
         """Measures a hang-up, and records the launch."""
         server = up.server
         server.cp["slot_free"] = slot_free(Bench(self.suite, visit.target, server))
+        gone = server.gone(DYING_S if server.cp["slot_free"].ms is None else 0.0)
+        if gone is not None:
+            error = f"the server died after a hang-up ({gone})"
         rss, pss = memory_mib(tree(server.pids()))
         self.writer.launch(
             Launch(
-                **self._names(visit), key=self._launch_key(visit, start), start=start, process=server.name, first=first, at=up.at,
-                argv=server.argv, cp=dict(server.cp), res=Resources(rss_mib=rss, pss_mib=pss), env=up.env, error=error,
-            )  # fmt: skip
+                **self._names(visit),
+                key=self._launch_key(visit, start),
+                start=start,
+                process=server.name,
+                first=first,
+                at=up.at,
+                argv=server.argv,
+                cp=dict(server.cp),
+                res=Resources(rss_mib=rss, pss_mib=pss),
+                env=up.env,
+                error=error,
+            )
         )
+        if gone is not None:
+            self._died(visit, gone, "a hang-up")
 
     def _names(self, visit: Visit) -> dict[str, Any]:
         """The fields that trials and launches share."""
@@ -242,11 +270,9 @@ class Runner:
         target = visit.target
         self.watcher.doing(target.id, f"launch {visit.launch}, {'warm-up' if job.warmup else job.case.id} {job.repeat}")
         key = job.key(self.ready[target.id].identity)
-        record = Trial(
-            **self._names(visit), key=key, case=job.case.id, repeat=job.repeat, cache=job.cache, warmup=job.warmup
-        )
+        record = Trial(**self._names(visit), key=key, case=job.case.id, repeat=job.repeat, cache=job.cache, warmup=job.warmup)
         parts, streams = Bench(self.suite, target, up.server).run(job.case, record, job.cache)
-        gone = up.server.gone() if any(p.error for p in parts) else None
+        gone = up.server.gone(DYING_S) if any(p.finish == "broken" for p in parts) else None
         if gone is not None:
             parts = [msgspec.structs.replace(p, error=f"the server died ({gone}): {p.error}") if p.error else p for p in parts]
         new = key not in self.writer.done
@@ -257,16 +283,16 @@ class Runner:
             self.summary.errors += any(p.error for p in parts)
             self.watcher.did(target.id, f"{job.case.id} {job.repeat}")
         if gone is not None:
-            self._died(visit, gone, job)
+            self._died(visit, gone, job.case.id)
         return parts
 
     # What goes wrong --------------------------------------------------------------------------------------------------
 
-    def _died(self, visit: Visit, how: str, job: Job) -> None:
+    def _died(self, visit: Visit, how: str, over: str) -> None:
         name = visit.target.id
         self._stop(name)
         deaths = self._deaths[name, visit.launch] = self._deaths.get((name, visit.launch), 0) + 1
-        self.watcher.problem(name, f"the server died over {job.case.id} ({how}); it is started again")
+        self.watcher.problem(name, f"the server died over {over} ({how}); it is started again")
         if deaths >= DEATHS:
             self._lose(name, f"its server died {deaths} times in launch {visit.launch}, last {how}")
 
@@ -277,9 +303,14 @@ class Runner:
         nonce = plan.digest(self.session.id, name, visit.launch, time.time())
         self.writer.launch(
             Launch(
-                **self._names(visit), key=f"failed-{nonce}", at=time.time(), argv=error.argv, cp=error.cp, error=str(error),
+                **self._names(visit),
+                key=f"failed-{nonce}",
+                at=time.time(),
+                argv=error.argv,
+                cp=error.cp,
+                error=str(error),
                 last_words=error.words[-2000:],
-            )  # fmt: skip
+            )
         )
         said = error.words.splitlines()[-1:] or [""]
         self.watcher.problem(name, f"launch {visit.launch}: {error}" + (f"; it said: {said[0][:200]}" if said[0] else ""))

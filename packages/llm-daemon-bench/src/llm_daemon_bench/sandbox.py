@@ -15,8 +15,8 @@ from pathlib import Path
 SECONDS = 10
 MEMORY = 1 << 30  # bytes of address space
 FILE = 1 << 20  # bytes of any file it writes
-# Sets its own limits, dies with us (prctl(2), PR_SET_PDEATHSIG), and goes on as the test.  A preexec_fn would run Python between fork and
-# exec of a process with threads.
+# Sets its own limits, dies with us (prctl(2), PR_SET_PDEATHSIG), and goes on as the test.  A preexec_fn would run Python
+# between fork and exec of a process with threads.
 _BEFORE = f"""
 import ctypes, resource, runpy, signal, sys
 for name, most in (("CPU", {SECONDS}), ("AS", {MEMORY}), ("FSIZE", {FILE}), ("CORE", 0), ("NOFILE", 64)):
@@ -29,7 +29,7 @@ runpy.run_path("test.py", run_name="__main__")
 
 
 def run_test(code: str, test: str, seconds: float = SECONDS) -> str:
-    """"" if `test` (a Python program that may `import solution`) ends with status 0, else one line saying why not."""
+    """ "" if `test` (a Python program that may `import solution`) ends with status 0, else one line saying why not."""
     with tempfile.TemporaryDirectory(prefix="llmd-bench-") as folder:
         Path(folder, "solution.py").write_text(code)
         Path(folder, "test.py").write_text(test)

@@ -56,8 +56,8 @@ class Server(Protocol):
         """Roots of its process tree; empty if we do not know it."""
         ...
 
-    def gone(self) -> str | None:
-        """How it died, None while it lives (as far as we know)."""
+    def gone(self, within: float = 0.0) -> str | None:
+        """How it died, None while it lives as far as we know; one that is just dying gets `within` seconds for it."""
         ...
 
     def last_words(self) -> str: ...
@@ -81,8 +81,8 @@ class Launched:
     def pids(self) -> list[int]:
         return [self.process.pid]
 
-    def gone(self) -> str | None:
-        return self.process.exit()
+    def gone(self, within: float = 0.0) -> str | None:
+        return self.process.exit(within)
 
     def last_words(self) -> str:
         return self.process.last_words()
@@ -106,7 +106,7 @@ class Attached:
     def pids(self) -> list[int]:
         return []
 
-    def gone(self) -> str | None:
+    def gone(self, within: float = 0.0) -> str | None:
         return None
 
     def last_words(self) -> str:
@@ -132,8 +132,14 @@ class Daemon:
     def pids(self) -> list[int]:
         return list(self.roots)
 
-    def gone(self) -> str | None:
-        return None if psutil.pid_exists(self.roots[0]) else "the engine behind the daemon ended"
+    def gone(self, within: float = 0.0) -> str | None:
+        try:
+            psutil.Process(self.roots[0]).wait(within)
+        except psutil.TimeoutExpired:
+            return None
+        except psutil.NoSuchProcess:
+            pass
+        return "the engine behind the daemon ended"
 
     def last_words(self) -> str:
         return ""

@@ -141,7 +141,9 @@ def find(out: Path, name: str | None, suite: Suite | None = None) -> Path:
             if (folder / results.SESSION).is_file():
                 return folder
         near = ", ".join(f.name for f in folders(out)[-5:])
-        raise ResultsError(f"no session {name!r} in {out}", hint=f"there are {near}" if near else "`llm-daemon bench run` makes one")
+        raise ResultsError(
+            f"no session {name!r} in {out}", hint=f"there are {near}" if near else "`llm-daemon bench run` makes one"
+        )
     for folder in reversed(folders(out)):
         with suppress(ResultsError):
             session = results.load(folder).session

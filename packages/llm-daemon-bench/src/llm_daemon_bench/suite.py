@@ -35,7 +35,7 @@ class Table(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Base of every table."""
 
 
-class SuiteTable(Table, kw_only=True):
+class SuiteTable(Table, frozen=True, kw_only=True):
     """`[suite]`.  `up`: `one` server at a time, or `all` at once, which needs the memory for it.  `page_cache = "drop"` asks the
     kernel to forget the model file before each launch.  `python_tests` allows checks that run code from replies.
     `cool_down_s`: pause before each launch.
@@ -56,12 +56,12 @@ class SuiteTable(Table, kw_only=True):
     python_tests: bool = False
 
 
-class ServerTable(Table, kw_only=True):
+class ServerTable(Table, frozen=True, kw_only=True):
     """`[[server]]`: one server application.  Exactly one of `launch` (argv), `attach` (URL) and `engine` (of llm-daemon).
 
     `ready`: path that answers 200 once the model is loaded.  `timings = "llamacpp"`: ask for exact token counts in each
     chunk.  `model_name`: what goes into the request's `model`.  `models`: ids of `[[model]]` to run on it, all if left out.
-    `slots`: requests it serves at once.  `key_env`: variable with the bearer token.  `context`, `gpu_layers`, `args`: for `engine`.
+    `slots`: requests it serves at once.  `key_env`: variable with the bearer token.  `gpu_layers`, `args`: for `engine`.
     """
 
     id: Name
@@ -91,7 +91,7 @@ class ServerTable(Table, kw_only=True):
         return self.timings == "llamacpp" or self.engine in ("llama-server", "xllamacpp", "llamafile")
 
 
-class ModelTable(Table, kw_only=True):
+class ModelTable(Table, frozen=True, kw_only=True):
     """`[[model]]`.  `artifacts`: quantization -> file, or a name that llm-daemon knows (`smollm2-135m`)."""
 
     id: Name
@@ -99,7 +99,7 @@ class ModelTable(Table, kw_only=True):
     artifacts: dict[str, str] = {}
 
 
-class Predicate(Table, kw_only=True):
+class Predicate(Table, frozen=True, kw_only=True):
     """What may be asked of a reply.  Exactly one of these keys; `equals` goes with `json_path`."""
 
     event: Event | None = None
@@ -139,7 +139,7 @@ KINDS = (
 )  # fmt: skip
 
 
-class Checkpoint(Predicate, kw_only=True):
+class Checkpoint(Predicate, frozen=True, kw_only=True):
     """One of `checkpoints`.  `when = "settled"`: true, and true to the end from then on."""
 
     id: Name
@@ -148,19 +148,19 @@ class Checkpoint(Predicate, kw_only=True):
     slo_ms: Seconds | None = None
 
 
-class Check(Predicate, kw_only=True):
+class Check(Predicate, frozen=True, kw_only=True):
     """`check`: asked of the final text (of the last turn).  `python_test`: a file that is run with the reply as `solution.py`."""
 
     python_test: str | None = None
 
 
-class ToolTurn(Table, kw_only=True):
+class ToolTurn(Table, frozen=True, kw_only=True):
     """A turn that gives the results of the tools called in the turn before: by name of the tool."""
 
     tools: dict[str, str]
 
 
-class CaseTable(Table, kw_only=True):
+class CaseTable(Table, frozen=True, kw_only=True):
     """`[[case]]`.
 
     `kind`: `chat` (`prompt` or `turns`, `system`), `completion` (`prompt` goes on), `infill` (`prompt` before, `suffix` after).
@@ -204,7 +204,7 @@ class CaseTable(Table, kw_only=True):
     check: Check | tuple[Check, ...] = ()
 
 
-class _File(Table, kw_only=True):
+class _File(Table, frozen=True, kw_only=True):
     suite: SuiteTable
     server: Annotated[tuple[ServerTable, ...], Meta(min_length=1)]
     model: tuple[ModelTable, ...] = ()
@@ -307,7 +307,9 @@ _KEYS: dict[str, type[msgspec.Struct]] = {
 def _invalid(message: str, text: str, path: Path) -> SuiteError:
     """msgspec's words and `$.case[0].x` as ours, with a line."""
     what, _, where = message.partition(" - at `")
-    steps: list[str | int] = [int(n) if n else k for k, n in re.findall(r"\.([\w-]+)|\[(\d+|\.\.\.)\]", where.rstrip("`")) if n != "..."]
+    steps: list[str | int] = [
+        int(n) if n else k for k, n in re.findall(r"\.([\w-]+)|\[(\d+|\.\.\.)\]", where.rstrip("`")) if n != "..."
+    ]
     if unknown := re.search(r"contains unknown field `(.*)`", what):
         key = unknown[1]
         table = next((_KEYS[s] for s in reversed(steps) if isinstance(s, str) and s in _KEYS), _File)
@@ -382,7 +384,7 @@ class _Reading:
         return out
 
     def artifact(self, text: str) -> str:
-        if not text or not (is_path(text) or "/" in text and ":" not in text):
+        if not text or not (is_path(text) or ("/" in text and ":" not in text)):
             return text
         return str(self.beside(text))
 

@@ -13,9 +13,11 @@ _TOKEN = re.compile(r'"""(?:\\.|[^\\])*?"""|\'\'\'.*?\'\'\'|"(?:\\.|[^"\\\n])*"|
 def line_of(text: str, path: Sequence[str | int]) -> int:
     """The line (from 1) of what `path` leads to; if that is not found, of the last step that is.
 
-    >>> text = '[suite]\\nname = "x"\\n[[case]]\\nid = "a"\\n[[case]]\\nid = "b"\\ncheckpoints = [\\n  { id = "c" },\\n  { idd = "d" } ]'
-    >>> line_of(text, ["suite", "name"]), line_of(text, ["case", 1, "id"]), line_of(text, ["case", 1, "checkpoints", 1, "idd"])
-    (2, 6, 9)
+    >>> text = '[suite]\\nname = "x"\\n[[case]]\\n[[case]]\\nid = "b"\\ncheckpoints = [\\n { id = "c" },\\n { idd = "d" } ]'
+    >>> line_of(text, ["suite", "name"]), line_of(text, ["case", 1, "id"])
+    (2, 5)
+    >>> line_of(text, ["case", 1, "checkpoints", 1, "idd"])
+    8
     """
     start, end, rest = _section(text, list(path))
     at = start

@@ -129,7 +129,9 @@ def room(out: Path) -> Finding:
         folder = folder.parent
     free = shutil.disk_usage(folder).free
     if free < ROOM:
-        return Finding("disk", "warn", f"{size(free)} free in {folder}", "raw replies take some MB an hour; make room, or use --out")
+        return Finding(
+            "disk", "warn", f"{size(free)} free in {folder}", "raw replies take some MB an hour; make room, or use --out"
+        )
     return Finding("disk", "good", f"{size(free)} free")
 
 

@@ -45,7 +45,7 @@ via = "daemon"
 context = 4096
 """
 OTHER = """
-# Any other server application.  Known in braces: {artifact} {port} {socket} {host} {threads} {context} {slots} {alias} {gpu_layers}
+# Any other server application.  In braces: {artifact} {port} {socket} {host} {threads} {context} {slots} {alias} {gpu_layers}
 # [[server]]
 # id = "my-server"
 # launch = ["my-server", "--model", "{artifact}", "--port", "{port}", "--threads", "{threads}"]
@@ -65,7 +65,8 @@ artifacts = {{ {quant} = {artifact} }}
 CASES = '''
 # A case is what you use a model for; a checkpoint is a moment in its reply that you wait for.
 # Kinds: event chars tokens lines sentences contains regex code_block_closed python_parses json_path json_complete schema_valid
-#        tool_name tool_args_complete stop.   slo_ms: what is fast enough for you.   when = "settled": true from then on, to the end.
+#        tool_name tool_args_complete stop.   slo_ms: what is fast enough for you.
+# when = "first" (the default) or "settled": true, and true from then on to the end.
 [[case]]
 id = "code-line"
 kind = "completion"        # goes on where the prompt ends; "infill" has a `suffix` too

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -24,7 +25,8 @@ from ..errors import ResultsError
 @json_option
 def command(out: Path, json_: bool) -> None:
     """Show the sessions there are."""
-    rows, broken = [], []
+    rows: list[dict[str, Any]] = []
+    broken: list[str] = []
     for folder in sessions.folders(out):
         try:
             found = results.load(folder)
@@ -34,10 +36,15 @@ def command(out: Path, json_: bool) -> None:
         session, trials = found.session, {t.key for t in found.measured()}
         rows.append(
             {
-                "id": session.id, "suite": session.suite, "began": session.began, "ended": session.ended, "trials": len(trials),
-                "targets": [t.id for t in session.targets], "cases": [c.id for c in session.cases],
+                "id": session.id,
+                "suite": session.suite,
+                "began": session.began,
+                "ended": session.ended,
+                "trials": len(trials),
+                "targets": [t.id for t in session.targets],
+                "cases": [c.id for c in session.cases],
                 "cpu": session.machine.cpu,
-            }  # fmt: skip
+            }
         )
     if json_:
         as_json({"sessions": rows})

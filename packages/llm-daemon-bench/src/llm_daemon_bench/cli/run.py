@@ -38,7 +38,9 @@ from ..runner import Ready, Runner, Summary, prepare
 @click.option("--case", "cases", multiple=True, metavar="GLOB", help="Only these cases.")
 @click.option("--trials", type=click.IntRange(1), metavar="N", help="Trials of each case in a launch, instead of the suite's.")
 @click.option("--launches", type=click.IntRange(1), metavar="N", help="Launches of each target, instead of the suite's.")
-@click.option("--max-minutes", type=click.FloatRange(0, min_open=True), metavar="M", help="Stop after that long; it can be resumed.")
+@click.option(
+    "--max-minutes", type=click.FloatRange(0, min_open=True), metavar="M", help="Stop after that long; it can be resumed."
+)
 @click.option("--plain", is_flag=True, help="Lines instead of bars.")
 @json_option
 @quiet_option
@@ -74,7 +76,7 @@ def command(
             except KeyboardInterrupt:
                 display.problem(folder.name, f"stopped; `llm-daemon bench run {suite_file} --resume` goes on")
                 raise
-            lost = {t.id: "it could not be prepared" for t in suite.targets if t.id not in ready} | summary.lost
+            lost = {t.id: "its program or model is missing" for t in suite.targets if t.id not in ready} | summary.lost
             writer.session(_ended(about, summary, lost))
     return _tell(folder, about, summary, lost, ready, json_, quiet)
 
@@ -85,21 +87,33 @@ def _terminate(*_: Any) -> None:
 
 
 def _ended(about: results.Session, summary: Summary, lost: dict[str, str]) -> results.Session:
-    notes = [*about.notes, *(f"{name} was given up: {why}" for name, why in lost.items())]
+    notes = [*about.notes, *(f"{name} is not complete: {why}" for name, why in lost.items())]
     if summary.out_of_time:
         return msgspec.structs.replace(about, notes=(*notes, "stopped: the time budget was used up"))
-    return msgspec.structs.replace(about, notes=tuple(dict.fromkeys(notes)), ended=time.time())
+    return msgspec.structs.replace(about, notes=tuple(dict.fromkeys(notes)), ended=None if lost else time.time())
 
 
 def _tell(
-    folder: Path, about: results.Session, summary: Summary, lost: dict[str, str], ready: dict[str, Ready], json_: bool, quiet: bool
+    folder: Path,
+    about: results.Session,
+    summary: Summary,
+    lost: dict[str, str],
+    ready: dict[str, Ready],
+    json_: bool,
+    quiet: bool,
 ) -> int:
     if json_:
         as_json(
             {
-                "session": about.id, "folder": str(folder), "trials": summary.trials, "kept": summary.kept, "errors": summary.errors,
-                "targets": sorted(ready), "lost": lost, "out_of_time": summary.out_of_time,
-            }  # fmt: skip
+                "session": about.id,
+                "folder": str(folder),
+                "trials": summary.trials,
+                "kept": summary.kept,
+                "errors": summary.errors,
+                "targets": sorted(ready),
+                "lost": lost,
+                "out_of_time": summary.out_of_time,
+            }
         )
     elif not quiet:
         kept = f", {summary.kept} kept from before" if summary.kept else ""

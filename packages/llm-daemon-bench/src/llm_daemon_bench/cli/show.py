@@ -35,9 +35,11 @@ def command(session: str | None, out: Path, json_: bool) -> None:
     if json_:
         as_json(
             {
-                "session": results.to_json(found.session), "cells": cells, "lifecycle": lifecycle(found),
+                "session": results.to_json(found.session),
+                "cells": cells,
+                "lifecycle": lifecycle(found),
                 "broken_lines": found.broken,
-            }  # fmt: skip
+            }
         )
         return
     _head(found)
@@ -53,7 +55,10 @@ def command(session: str | None, out: Path, json_: bool) -> None:
             table(("TARGET", "CACHE", "N", *points, "PASS", "FAILED"), rows)
     if starts := lifecycle(found):
         click.echo("\nlaunches: median milliseconds since the spawn; slot_free since a hang-up")
-        rows = [(s["target"], s["n"], *(_ms(s["median_ms"].get(name)) for name in results.LIFECYCLE), s["failed"] or "") for s in starts]
+        rows = [
+            (s["target"], s["n"], *(_ms(s["median_ms"].get(name)) for name in results.LIFECYCLE), s["failed"] or "")
+            for s in starts
+        ]
         table(("TARGET", "N", *results.LIFECYCLE, "FAILED"), rows)
     for line in failures(found):
         click.echo(clean(line))
@@ -82,12 +87,17 @@ def cells_of(found: Results, case: CaseInfo) -> list[dict[str, Any]]:
         checks = [t.check.passed for t in mine if t.check is not None]
         out.append(
             {
-                "target": target, "case": case.id, "cache": cache, "n": len({t.key for t in mine}),
-                "failed": len({t.key for t in mine if t.error}), "cache_wrong": sum(t.cache_ok is False for t in mine),
+                "target": target,
+                "case": case.id,
+                "cache": cache,
+                "n": len({t.key for t in mine}),
+                "failed": len({t.key for t in mine if t.error}),
+                "cache_wrong": sum(t.cache_ok is False for t in mine),
                 "median_ms": {c.id: middle([_reached(t, c.id) for t in mine if c.id in t.cp]) for c in case.checkpoints},
                 "decode_ms_per_tok": middle([t.decode_ms_per_tok for t in mine if t.decode_ms_per_tok is not None]),
-                "passed": sum(checks), "checked": len(checks),
-            }  # fmt: skip
+                "passed": sum(checks),
+                "checked": len(checks),
+            }
         )
     return out
 
@@ -113,9 +123,7 @@ def lifecycle(found: Results) -> list[dict[str, Any]]:
     for target in dict.fromkeys(x.target for x in found.launches):
         mine = [x for x in found.launches if x.target == target]
         good = [x for x in mine if x.error is None]
-        points = {
-            name: middle([x.cp[name].ms or math.inf for x in good if name in x.cp]) for name in results.LIFECYCLE
-        }
+        points = {name: middle([x.cp[name].ms or math.inf for x in good if name in x.cp]) for name in results.LIFECYCLE}
         out.append({"target": target, "n": len(mine), "failed": len(mine) - len(good), "median_ms": points})
     return out
 
