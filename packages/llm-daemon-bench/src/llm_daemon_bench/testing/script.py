@@ -354,11 +354,15 @@ class Truth:
         return any(s.kind == "finish" for s in self.sent) and self.sent[-1].kind == "end"
 
     @property
+    def steps(self) -> int:
+        """Tokens after those of the first chunk that has any."""
+        return sum([s.tokens for s in self.sent if s.tokens][1:])
+
+    @property
     def ms_per_token(self) -> float | None:
         """From the first chunk with tokens to the last; None if there is but one."""
-        chunks = [s for s in self.sent if s.tokens]
-        steps = sum(s.tokens for s in chunks[1:])
-        return (chunks[-1].at_ns - chunks[0].at_ns) / 1e6 / steps if steps else None
+        at = [s.at_ns for s in self.sent if s.tokens]
+        return (at[-1] - at[0]) / 1e6 / self.steps if self.steps else None
 
     @property
     def tokens(self) -> int:

@@ -143,9 +143,9 @@ def compare(known: Known, seen: Sequence[Seen], truths: Sequence[Truth]) -> Iter
         mine = [None if (ms := s.reached[f"c{n}"].ms) is None else s.at(ms) for s in seen]
         there = [None if (ns := t.reached(holds)) is None else ns / 1e6 for t in truths]
         yield since_t0(f"{known.name}: {point}", seen, mine, there)
-    rates = [(m, t.ms_per_token) for s, t in both if (m := replies.decode_ms_per_token(s.reply)) is not None]
-    if pairs := [(m, t) for m, t in rates if t is not None]:
-        yield hold(STEP, f"{known.name}: ms a token", "truth", pairs, Bound(part=0.01))
+    rates = [(m, t.ms_per_token, t.steps) for s, t in both if (m := replies.decode_ms_per_token(s.reply)) is not None]
+    if pairs := [(m * steps, t * steps) for m, t, steps in rates if t is not None]:
+        yield hold(STEP, f"{known.name}: ms a token, times tokens", "truth", pairs, BOUND)
     yield equal(STEP, f"{known.name}: text", "truth", (s.text for s in seen), (t.text for t in truths))
     yield equal(
         STEP, f"{known.name}: tokens", "truth", (replies.tokens(s.reply).out or 0 for s in seen), (t.tokens for t in truths)
