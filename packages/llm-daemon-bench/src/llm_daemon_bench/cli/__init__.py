@@ -13,6 +13,12 @@ VERBS: dict[str, str] = {
     "run": "Measure a suite: every server, model and quantization on every case.",
     "list": "Show the sessions there are.",
     "show": "Show one session: its cells, medians and failures.",
+    "report": "Show the results of a session: a table a case, what to use, and what makes figures doubtful.",
+    "compare": "Say in which cells B is faster or slower than A.",
+    "gate": "Exit 1 if NEW is slower than BASE in any cell, wrong more often, lacks a cell or has too few trials to tell.",
+    "aa": "Tell the noise floor: compare each target with itself, every other round against the rest.",
+    "recommend": "Name the target to use with its launch command, the runner-up, and a reason for each rejected one.",
+    "export": "Print one line for each trial and checkpoint, warm-ups included and marked.",
     "doctor": "Look for what would spoil a measurement here.",
     "validate": "Hold our numbers against references, and print how far they agree.",
 }

@@ -1,0 +1,1 @@
+"""Faces of a session's results: terminal, Markdown, one self-contained HTML file.  All show the same tables, made in `tables`."""
