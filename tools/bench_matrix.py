@@ -40,8 +40,8 @@ def main(args: Sequence[str]) -> int:
     # llama-server by its name; cyllama last, for its folder holds a python, too.
     path = [os.environ.get("PATH", os.defpath), str(build.FOLDER), str(cyllama())]
     env = {**os.environ, "PATH": os.pathsep.join(path)}
-    out = ["--out", PLACE.relative_to(ROOT) / "results", "--json"]
-    run = [OWN / "llm-daemon", "bench", "run", SUITE.relative_to(ROOT), *out, *args]
+    suite, results = (str(path.relative_to(ROOT)) for path in (SUITE, PLACE / "results"))
+    run = [str(OWN / "llm-daemon"), "bench", "run", suite, "--out", results, "--json", *args]
     ran = subprocess.run(run, cwd=ROOT, env=env, stdout=subprocess.PIPE, text=True, check=False)
     if ran.stdout:
         publish(ROOT / json.loads(ran.stdout)["folder"])
@@ -97,8 +97,8 @@ def publish(folder: Path) -> None:
     target.mkdir(exist_ok=True)
     for name in ("session.json", "trials.jsonl"):
         shutil.copyfile(folder / name, target / name)
-    report = [OWN / "llm-daemon", "bench", "report", target]
-    subprocess.run([*report, "--html", SUITE.with_suffix(".html"), "--markdown", SUITE.with_suffix(".md")], check=True)
+    pages = ["--html", str(SUITE.with_suffix(".html")), "--markdown", str(SUITE.with_suffix(".md"))]
+    subprocess.run([str(OWN / "llm-daemon"), "bench", "report", str(target), *pages], check=True)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What goes wrong with some targets, by way of the real command: one clear line each, the others go on, and a rest can be resumed."""
+"""What goes wrong with some targets, by way of the real command: one clear line each, and the others go on."""
 
 from __future__ import annotations
 
