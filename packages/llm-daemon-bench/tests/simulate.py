@@ -8,6 +8,7 @@ import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import msgspec
 
@@ -167,33 +168,22 @@ class _Maker:
                     for case in cases:
                         self.trial(target, targets[target], case, launch, round_, shift[target], case.cache)
 
-    def common(self, target: str, speed: Speed, launch: int) -> dict[str, object]:
+    def common(self, target: str, speed: Speed, launch: int) -> dict[str, Any]:
         server, model, quant = target.split("/")
         return {
-            "session": self.session, "target": target, "server": ServerRef(id=server, version="b1"), "model": model, "quant": quant,
-            "launch": launch, "process": f"{target}-{launch}", "at": self.now, "res": Resources(rss_mib=speed.rss_mib),
-            "env": Conditions(load1=0.3, mhz=3000, temp_c=50, swap_in=0),
+            "session": self.session, "target": target, "server": ServerRef(id=server, version="b1"), "model": model,
+            "quant": quant, "launch": launch, "process": f"{target}-{launch}", "at": self.now,
+            "res": Resources(rss_mib=speed.rss_mib), "env": Conditions(load1=0.3, mhz=3000, temp_c=50, swap_in=0),
         }  # fmt: skip
 
     def launch(self, target: str, speed: Speed, launch: int, shift: float) -> None:
         self.now += 1
         ready = speed.load * shift * math.exp(self.rng.gauss(0, speed.within))
         cp = {"spawned": 2.0, "port_open": ready * 0.7, "ready": ready, "first_token": ready + speed.prefill, "slot_free": 30.0}
-        self.lines.append(
-            msgspec.convert(
-                {
-                    **self.common(target, speed, launch),
-                    "type": "launch",
-                    "key": f"L{target}-{launch}",
-                    "round": launch,
-                    "cp": {k: Reached(ms=v) for k, v in cp.items()},
-                },
-                Launch,
-                from_attributes=True,
-            )  # fmt: skip
-        )
+        points = {name: Reached(ms=ms) for name, ms in cp.items()}
+        self.lines.append(Launch(**self.common(target, speed, launch), key=f"L{target}-{launch}", round=launch, cp=points))
 
-    def trial(self, target: str, speed: Speed, case: Case, launch: int, round_: int, shift: float, cache: str) -> None:
+    def trial(self, target: str, speed: Speed, case: Case, launch: int, round_: int, shift: float, cache: results.Cache) -> None:
         self.now += 1
         factor = shift * math.exp(self.rng.gauss(0, speed.within)) * (1 + speed.heat * round_ / self.trials)
         factor *= 3 if self.rng.random() < speed.stall else 1
@@ -201,28 +191,23 @@ class _Maker:
         for turn in range(1, case.turns + 1):
             timing = _Timing(speed, case, factor, self.rng)
             self.lines.append(
-                msgspec.convert(
-                    {
-                        **self.common(target, speed, launch),
-                        "type": "trial",
-                        "key": f"{target}-{case.id}-{cache}-{launch}-{round_}",
-                        "case": case.id,
-                        "cache": cache,
-                        "cache_ok": True,
-                        "turn": turn,
-                        "part": turn,
-                        "parts": case.turns,
-                        "round": max(round_, 1),
-                        "repeat": 1,
-                        "warmup": round_ == 0 and cache != "start",
-                        "since_spawn_ms": speed.load * shift if cache == "start" else None,
-                        "error": "the server closed the connection" if dead else None,
-                        **({} if dead else timing.fields(turn, self.rng)),
-                        "client": Client(cpu_ms=2.0, lag_p99_ms=0.2),
-                    },
-                    Trial,
-                    from_attributes=True,
-                )  # fmt: skip
+                Trial(
+                    **self.common(target, speed, launch),
+                    **({} if dead else timing.fields(turn, self.rng)),
+                    key=f"{target}-{case.id}-{cache}-{launch}-{round_}",
+                    case=case.id,
+                    cache=cache,
+                    cache_ok=True,
+                    turn=turn,
+                    part=turn,
+                    parts=case.turns,
+                    round=max(round_, 1),
+                    repeat=1,
+                    warmup=round_ == 0 and cache != "start",
+                    since_spawn_ms=speed.load * shift if cache == "start" else None,
+                    error="the server closed the connection" if dead else None,
+                    client=Client(cpu_ms=2.0, lag_p99_ms=0.2),
+                )
             )
 
 
@@ -233,7 +218,7 @@ class _Timing:
     factor: float
     rng: random.Random
 
-    def fields(self, turn: int, rng: random.Random) -> dict[str, object]:
+    def fields(self, turn: int, rng: random.Random) -> dict[str, Any]:
         s, f = self.speed, self.factor
         prefill, rate = s.prefill * self.case.heavy * f, s.per_token * f
         first, out = s.queue * f + prefill, round(45 * s.longer)
@@ -245,7 +230,7 @@ class _Timing:
             missed = rng.random() < s.never.get(name, 0)
             cp[name] = Reached(ms=None, censored_ms=first + out * rate) if missed else Reached(ms=first + (at - 1) * rate, tok=at)
         last = first + (out - 1) * rate
-        found: dict[str, object] = {
+        found: dict[str, Any] = {
             "cp": cp, "t_ms": {"connect": 0.2, "headers": 2.0, "first_token": first, "first_content": first, "last_token": last},
             "server_ms": ServerTimes(prompt=prefill, decode=last - first), "decode_ms_per_tok": rate,
             "tokens": Tokens(prompt=100, cached=0, out=out, first=1, source="usage"), "finish": "stop",

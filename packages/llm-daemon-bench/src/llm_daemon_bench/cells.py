@@ -368,9 +368,9 @@ def warnings(results: Results, cells: dict[tuple[str, Key], Cell]) -> list[str]:
         row[0] += 1
         row[1] += t.cache_ok is False
         row[2] += t.error is not None
-    for (target, case), (n, cache, errors) in counts.items():
-        if cache:
-            out.append(f"{target}: {case}: the server's cache was not in the stated state in {cache} of {n}")
+    for (target, case), (n, strange, errors) in counts.items():
+        if strange:
+            out.append(f"{target}: {case}: the server's cache was not in the stated state in {strange} of {n}")
         if errors:
             last = next(t.error for t in reversed(measured) if (t.target, t.case) == (target, case) and t.error)
             out.append(f"{target}: {case}: {errors} of {n} ended in an error, the last one: {last}")

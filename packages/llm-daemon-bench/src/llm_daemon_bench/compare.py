@@ -1,7 +1,9 @@
-"""Is one target faster than another?  Only a change that passes three tests is called one; all others are "no difference shown".
+"""Is one target faster than another?  Only a change that passes every test is called one; all others are "no difference shown".
 
 The tests: the interval of the ratio excludes 1; the change is as large as the threshold; Holm's correction over everything
-shown leaves p below 0.05.  Sides with fewer than five trials are not compared: no test could tell them apart.
+shown leaves p below 0.05.  With fewer than five launches there is a fourth: the change is larger than launches of the same
+thing differ among themselves, for no interval from so few knows that.  Sides with fewer than five trials are not compared at
+all: no test could tell them apart.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ from .cells import Cell, Key, Passes
 from .results import Results
 
 LEAST = 5  # trials a side: with 3 a rank test cannot go below p = 0.1, with 5 it reaches 0.008
+ENOUGH_LAUNCHES = 5
 THRESHOLD = 0.05  # changes below are of no interest, however surely they are there
 FEW: Final = "too few trials"
 SAME: Final = "no difference shown"
@@ -45,7 +48,8 @@ class Row:
     """One cell on both sides, or the outcomes of one case (`key.checkpoint` is "pass").
 
     `base`, `new`: median ms, or share of passes.  `n`: trials on each side.  `p`: after Holm; None if not tested.
-    `cause`: the largest share of a change of time, see `cells.why`.
+    `spread`: logarithm of the factor by which launches of the same thing differ, 0 where there are launches enough.
+    `cause`: the largest share of a change of time, see `cells.why`; or why a change that seems large was not called.
     """
 
     key: Key
@@ -55,6 +59,7 @@ class Row:
     ratio: stats.Ratio | None = None
     p: float | None = None
     verdict: Verdict = "no difference shown"
+    spread: float = 0.0
     cause: str = ""
 
     @property
@@ -115,7 +120,9 @@ def _time(base: Cell, new: Cell, paired: bool, seed: int) -> tuple[Row, bool]:
     ratio = stats.ratio_of_medians(old, now, paired=pairs is not None, seed=seed)
     if pairs is None:  # ranks know nothing of launches, the bootstrap little of few trials: both have to see it
         ratio = replace(ratio, p=max(ratio.p, stats.mann_whitney(base.times, new.times)))
-    return replace(row, ratio=ratio, p=ratio.p, verdict=SAME), pairs is not None or not paired
+    few = min(len(old), len(now)) < ENOUGH_LAUNCHES
+    spread = stats.launch_spread(old, now, paired=pairs is not None) if few else 0.0
+    return replace(row, ratio=ratio, p=ratio.p, verdict=SAME, spread=spread), pairs is not None or not paired
 
 
 def _pairs(base: Cell, new: Cell) -> tuple[list[list[float]], list[list[float]]] | None:
@@ -159,15 +166,23 @@ def _verdict(row: Row, p: float, threshold: float) -> Verdict:
         return "no difference shown"
     if row.ratio is None:
         return "better" if row.change > 0 else "worse"
-    if row.ratio.low <= 1 <= row.ratio.high:
+    if row.ratio.low <= 1 <= row.ratio.high or _hidden(row):
         return "no difference shown"
     return "slower" if row.ratio.ratio > 1 else "faster"
 
 
+def _hidden(row: Row) -> bool:
+    """Whether launches of the same thing differ as much as the sides do."""
+    change = row.ratio.ratio if row.ratio else 1.0
+    return math.isfinite(change) and change > 0 and abs(math.log(change)) <= row.spread
+
+
 def _explained(row: Row, before: dict[Key, Cell], after: dict[Key, Cell]) -> Row:
-    if row.verdict not in ("faster", "slower") or not math.isfinite(row.change):
-        return row
-    return replace(row, cause=cells_.why(cells_.parts(before[row.key]), cells_.parts(after[row.key])))
+    if row.verdict in ("faster", "slower") and math.isfinite(row.change):
+        return replace(row, cause=cells_.why(cells_.parts(before[row.key]), cells_.parts(after[row.key])))
+    if row.verdict == SAME and row.ratio and not row.ratio.low <= 1 <= row.ratio.high and _hidden(row):
+        return replace(row, cause=f"launches differ by {math.expm1(row.spread):.0%}")
+    return row
 
 
 # -- Gate and A/A --------------------------------------------------------------------------------------------------------
@@ -176,7 +191,8 @@ def _explained(row: Row, before: dict[Key, Cell], after: dict[Key, Cell]) -> Row
 def gate(comparison: Comparison) -> list[str]:
     """One line for each reason not to let NEW pass: slower or worse, gone, or too few trials to tell.
 
-    The limit is the comparison's threshold.  Cells with one value a launch (lifecycle, first requests) count once there are enough.
+    The limit is the comparison's threshold.  Cells with one value a launch (lifecycle, first requests) count once there
+    are enough of them.
     """
     out = []
     for row in comparison.rows:

@@ -81,7 +81,8 @@ def comparison_json(found: Comparison) -> dict[str, Any]:
         for row in found.rows
     ]  # fmt: skip
     return {
-        "base": found.base, "new": found.new, "threshold": found.threshold, "paired": found.paired, "one_launch": found.one_launch,
+        "base": found.base, "new": found.new, "threshold": found.threshold, "paired": found.paired,
+        "one_launch": found.one_launch,
         "rows": rows, "missing": [key._asdict() for key in found.missing], "added": [key._asdict() for key in found.added],
     }  # fmt: skip
 
@@ -122,14 +123,16 @@ def _cell(cell: Cell) -> dict[str, Any]:
         "low_ms": _number(span.low), "high_ms": _number(span.high), "coverage": span.coverage, "min_ms": _number(min(cell.times)),
         "iqr_ms": _number(stats.iqr(cell.times)), "tail": name_value[0], "tail_ms": _number(name_value[1]), "slo_ms": cell.slo_ms,
         "misses": cell.misses, "drift": _number(cell.drift), "outliers": sum(map(bool, stats.outliers(cell.times))),
-        "parts_ms": {n: getattr(found, n) for n in ("load", "queue", "prefill", "decode", "tokens", "per_token")} if found else None,
+        "parts_ms": {name: getattr(found, name) for name in PARTS} if found else None,
     }  # fmt: skip
 
 
+PARTS = ("load", "queue", "prefill", "decode", "tokens", "per_token")
 CSV_HEAD = (
-    "session", "target", "server", "version", "via", "model", "params", "quant", "case", "cache", "cache_ok", "turn", "stream", "launch",
-    "round", "repeat", "warmup", "at", "checkpoint", "ms", "tokens_by_then", "pass", "prompt_tokens", "cached_tokens", "out_tokens",
-    "server_prompt_ms", "server_decode_ms", "decode_ms_per_token", "rss_mib", "load1", "mhz", "temp_c", "finish", "error",
+    "session", "target", "server", "version", "via", "model", "params", "quant", "case", "cache", "cache_ok", "turn", "stream",
+    "launch", "round", "repeat", "warmup", "at", "checkpoint", "ms", "tokens_by_then", "pass", "prompt_tokens", "cached_tokens",
+    "out_tokens", "server_prompt_ms", "server_decode_ms", "decode_ms_per_token", "rss_mib", "load1", "mhz", "temp_c", "finish",
+    "error",
 )  # fmt: skip
 
 
@@ -137,8 +140,8 @@ def csv_rows(results: Results) -> Iterator[list[Any]]:
     """A row for each checkpoint of each trial, and for each event of `t_ms`; an empty `ms`: never reached."""
     for t in results.trials:
         head = [
-            t.session, t.target, t.server.id, t.server.version, t.via, t.model, t.params, t.quant, t.case, t.cache, t.cache_ok, t.turn,
-            t.stream, t.launch, t.round, t.repeat, t.warmup, t.at,
+            t.session, t.target, t.server.id, t.server.version, t.via, t.model, t.params, t.quant, t.case, t.cache, t.cache_ok,
+            t.turn, t.stream, t.launch, t.round, t.repeat, t.warmup, t.at,
         ]  # fmt: skip
         tail = [
             None if t.check is None else t.check.passed, t.tokens.prompt, t.tokens.cached, t.tokens.out, t.server_ms.prompt,

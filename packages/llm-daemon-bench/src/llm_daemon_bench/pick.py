@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from pathlib import Path
 
 from llm_daemon.errors import UsageError
@@ -25,7 +24,7 @@ def is_session(name: str, root: Path = ROOT) -> bool:
 
 def target(results: Results, words: str) -> str:
     """The one target that has `words` in its id, or is called so.  Raises UsageError (`unknown_target`)."""
-    known = list(dict.fromkeys([*(t.id for t in results.session.targets), *(t.target for t in results.trials)]))
+    known = _known(results)
     found = [id_ for id_ in known if id_ == words] or [id_ for id_ in known if words.lower() in id_.lower()]
     if len(found) == 1:
         return found[0]
@@ -42,7 +41,7 @@ def sides(a: str, b: str, within: str | None = None, root: Path = ROOT) -> list[
     (old, mine), (new, theirs) = _read(a, within, root), _read(b, within, root)
     if mine is not None or theirs is not None:
         return [(Side(old, mine or _only(old, theirs)), Side(new, theirs or _only(new, mine)))]
-    first, second = _measured(old), _measured(new)
+    first, second = measured(old), measured(new)
     if len(first) == len(second) == 1:
         return [(Side(old, first[0]), Side(new, second[0]))]
     both = [id_ for id_ in first if id_ in second]
@@ -67,7 +66,7 @@ def _read(words: str, within: str | None, root: Path) -> tuple[Results, str | No
 
 def _only(results: Results, other: str | None) -> str:
     """The partner of a named target in a session of which no target was named."""
-    found = _measured(results)
+    found = measured(results)
     if other in found:
         return str(other)
     if len(found) == 1:
@@ -75,6 +74,11 @@ def _only(results: Results, other: str | None) -> str:
     raise UsageError(f"{results.session.id} has several targets", code="unknown_target", hint="name one: SESSION:TARGET")
 
 
-def _measured(results: Results) -> list[str]:
-    ran: Iterable[str] = (t.target for t in results.measured())
-    return list(dict.fromkeys(ran))
+def measured(results: Results) -> list[str]:
+    """Targets with at least one measured trial, in the suite's order."""
+    ran = {t.target for t in results.measured()}
+    return [id_ for id_ in _known(results) if id_ in ran]
+
+
+def _known(results: Results) -> list[str]:
+    return list(dict.fromkeys([*(t.id for t in results.session.targets), *(t.target for t in results.trials)]))

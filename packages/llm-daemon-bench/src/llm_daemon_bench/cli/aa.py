@@ -32,7 +32,7 @@ def command(session: str | None, targets: tuple[str, ...], twin: str | None, jso
     `compare --floor` and `gate --floor` then call only changes of twice its size.
     """
     results = load(pick.folder(session))
-    names = [pick.target(results, t) for t in targets] or list(dict.fromkeys(t.target for t in results.measured()))
+    names = [pick.target(results, t) for t in targets] or pick.measured(results)
     other = Side(results, pick.target(results, twin)) if twin else None
     found = [self_test(Side(results, name), other) for name in names]
     if json_:

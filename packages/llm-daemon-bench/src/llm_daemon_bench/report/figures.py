@@ -1,4 +1,4 @@
-"""The pictures of the HTML report, each from cells alone: waterfall, every trial, token timeline, speed against quality, drift."""
+"""The pictures of the HTML report, each from cells alone: bars, every trial, tokens, speed against quality, drift."""
 
 from __future__ import annotations
 
@@ -256,7 +256,9 @@ def drift(view: View) -> Markup:
     out += x.horizontal(4, bottom, "min")
     for i, (target, row) in enumerate(rows.items()):
         out += _drift_row(4 + i * height, target, sorted(row), began, x, i)
-    about = "Each dot is a trial by the median of its cell, from 0.7 at the bottom to 1.3 at the top; strokes are medians of both halves."
+    about = (
+        "Dots are trials by the median of their cell, 0.7 at the bottom to 1.3 at the top; strokes are medians of both halves."
+    )
     return picture("Order of running against time", about, bottom + 20, out)
 
 

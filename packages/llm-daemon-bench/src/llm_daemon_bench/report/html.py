@@ -103,7 +103,8 @@ def outlier_table(view: View) -> Table:
                 (
                     Value(cell.target, cell.target), Value(str(cell.key), str(cell.key)), Value(str(r.launch), r.launch),
                     Value(str(r.round), r.round), Value(tell_ms(outlier.dot.ms), outlier.dot.ms),
-                    Value(tell_ms(cell.median), cell.median), Value(outlier.cls, outlier.cls, "bad" if outlier.cls == "severe" else ""),
+                    Value(tell_ms(cell.median), cell.median),
+                    Value(outlier.cls, outlier.cls, "bad" if outlier.cls == "severe" else ""),
                     *(Value("-" if x is None else f"{x:g}", x) for x in numbers), Value("; ".join(outlier.causes) or "none seen"),
                 )
             )  # fmt: skip

@@ -68,8 +68,8 @@ def label(y: float, words: str, room: float = GUTTER - 12) -> Markup:
 def picture(name: str, about: str, height: float, parts: Iterable[Markup]) -> Markup:
     """A whole picture with an accessible name."""
     return el(
-        "svg", el("title", name), el("desc", about), *parts, xmlns="http://www.w3.org/2000/svg", viewBox=f"0 0 {WIDTH:g} {height:g}",
-        role="img", aria_label=name,
+        "svg", el("title", name), el("desc", about), *parts, xmlns="http://www.w3.org/2000/svg",
+        viewBox=f"0 0 {WIDTH:g} {height:g}", role="img", aria_label=name,
     )  # fmt: skip
 
 

@@ -30,11 +30,10 @@ def rich(table: Table, width: int | None = None) -> str:
     from rich.table import Table as RichTable
     from rich.text import Text
 
-    made = RichTable(
-        title=clean(table.title), title_justify="left", title_style="bold", header_style="bold", box=None, pad_edge=False
-    )
+    title = Text(clean(table.title), style="bold")  # as text: in a str rich takes [warm] for markup
+    made = RichTable(title=title, title_justify="left", header_style="bold", box=None, pad_edge=False)
     for i, name in enumerate(table.head):
-        made.add_column(clean(name), justify="left" if i == 0 else "right", overflow="fold")
+        made.add_column(Text(clean(name)), justify="left" if i == 0 else "right", overflow="fold")
     for row in table.rows:
         made.add_row(*(Text(clean(v.whole), style=STYLES[v.mark]) for v in row))
     out = StringIO()
