@@ -4,8 +4,8 @@
     python tools/bench_matrix.py --prepare          # only prepare
     python tools/bench_matrix.py --trials 1 --launches 1 --case speed-64    # what follows is for `bench run`
 
-Prepared are: llama-server and llama-quantize (built once), the two models (fetched once), their quantizations (.cache/matrix),
-and cyllama in an environment of its own in the user's cache.  Let the machine rest while it runs: about a quarter of an hour.
+Prepared are: llama-server and llama-quantize (built once), the two models (fetched once), and their quantizations
+(.cache/matrix).  Let the machine rest while it runs: about a quarter of an hour.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ import os
 import shutil
 import subprocess
 import sys
-import venv
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -25,7 +24,6 @@ from tools import build_llama_server as build, quantize  # noqa: E402
 
 MODELS = ("smollm2-135m", "gemma3-270m")
 QUANTS = ("Q8_0", "Q5_1", "Q4_0")
-CYLLAMA = "cyllama==0.2.18"
 PLACE = ROOT / ".cache" / "matrix"
 SUITE = ROOT / "docs" / "bench" / "matrix.toml"
 OWN = Path(sys.executable).parent  # where our own programs are
@@ -37,9 +35,7 @@ def main(args: Sequence[str]) -> int:
         return status
     if "--prepare" in args:
         return 0
-    # llama-server by its name; cyllama last, for its folder holds a python, too.
-    path = [os.environ.get("PATH", os.defpath), str(build.FOLDER), str(cyllama())]
-    env = {**os.environ, "PATH": os.pathsep.join(path)}
+    env = {**os.environ, "PATH": os.pathsep.join([str(build.FOLDER), os.environ.get("PATH", os.defpath)])}  # its llama-server
     suite, results = (str(path.relative_to(ROOT)) for path in (SUITE, PLACE / "results"))
     run = [str(OWN / "llm-daemon"), "bench", "run", suite, "--out", results, "--json", *args]
     ran = subprocess.run(run, cwd=ROOT, env=env, stdout=subprocess.PIPE, text=True, check=False)
@@ -60,7 +56,6 @@ def prepare() -> int:
             if not there.exists():
                 print(f"quantizing {there.name}", file=sys.stderr)
                 link(quantize.quantize(weights, quant), there)
-    cyllama()
     return 0
 
 
@@ -79,16 +74,6 @@ def link(made: Path, there: Path) -> None:
     except OSError:  # another file system
         shutil.copyfile(made, half)
     half.replace(there)
-
-
-def cyllama() -> Path:
-    """The folder of its program, installed if need be."""
-    place = build.FOLDER.parent / CYLLAMA.replace("==", "-")
-    if not (place / "bin" / "cyllama").exists():
-        print(f"installing {CYLLAMA} into an environment of its own", file=sys.stderr)
-        venv.create(place, with_pip=True, clear=True)
-        subprocess.run([place / "bin" / "python", "-m", "pip", "install", "-q", CYLLAMA], check=True)
-    return place / "bin"
 
 
 def publish(folder: Path) -> None:
