@@ -14,6 +14,7 @@ import pytest
 
 from llm_daemon_bench import machine, meter, plan, servers, suite as suites
 from llm_daemon_bench.artifacts import Finder, drop_from_page_cache
+from llm_daemon_bench.client import Endpoint
 from llm_daemon_bench.display import Display, Pace
 from llm_daemon_bench.process import Died, Process
 from llm_daemon_bench.requests import Conversation, fresh_nonce
@@ -241,9 +242,9 @@ def test_a_port_answered_by_a_stranger_is_refused() -> None:
         mine.listen()
         assert other.stdout is not None
         port = int(other.stdout.readline())
-        servers._owned(other.pid, servers.Endpoint(port=port))
+        servers._owned(other.pid, Endpoint(port=port))
         with pytest.raises(servers.NotReady, match="answered by another process"):
-            servers._owned(other.pid, servers.Endpoint(port=mine.getsockname()[1]))
+            servers._owned(other.pid, Endpoint(port=mine.getsockname()[1]))
         other.communicate("\n")
 
 

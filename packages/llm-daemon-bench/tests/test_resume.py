@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 import select
 import signal
@@ -125,6 +126,34 @@ def test_ctrl_c_stops_the_server_and_says_how_to_go_on(write: Write, tmp_path: P
     assert child.returncode == 130
     assert b"--resume` goes on" in out
     wait_none(tmp_path)
+
+
+def test_a_killed_run_takes_its_daemon_along(tmp_path: Path) -> None:
+    model, path = tmp_path / "m.fake.json", tmp_path / "d.toml"
+    model.write_text('{"token_ms": 20}')
+    path.write_text(
+        '[suite]\nname = "x"\ntrials = 50\nlaunches = 1\n[[server]]\nid = "daemon"\nengine = "fake"\nvia = "daemon"\n'
+        f'[[model]]\nid = "m"\nartifacts = {{ q = "{model}" }}\n' + CASE.format(id="hello", cache="asis")
+    )
+    child = start(path)
+    grown(tmp_path / "results" / ".sha256.json", 0, child)
+    grown(tmp_path / "results" / time.strftime("%Y%m%d-1") / results.TRIALS, 0, child)
+    ours = psutil.Process(child.pid)
+    assert servers_of(tmp_path)
+    daemon = [p for p in psutil.process_iter() if str(tmp_path) in _environment(p) and p.pid not in (ours.pid, os.getpid())]
+    assert len(daemon) >= 1
+    child.send_signal(signal.SIGKILL)
+    child.communicate(timeout=10)
+    wait_none(tmp_path)
+    _, alive = psutil.wait_procs(daemon, timeout=15)
+    assert not alive
+
+
+def _environment(process: psutil.Process) -> str:
+    try:
+        return process.environ().get("LLM_DAEMON_CONFIG", "")
+    except psutil.Error:
+        return ""
 
 
 def test_a_changed_suite_is_not_resumed(write: Write) -> None:

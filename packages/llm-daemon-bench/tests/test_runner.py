@@ -308,7 +308,20 @@ def test_engines_bare_and_through_the_daemon_run_the_same_thing(write: Write, tm
     assert not [p for p in psutil.process_iter(["cmdline"]) if str(model) in (p.info["cmdline"] or [])]
 
 
-def test_an_attached_server_is_left_alone(write: Write, tmp_path: Path) -> None:
+def test_two_daemons_may_be_up_at_once(tmp_path: Path) -> None:
+    servers = "".join(f'[[server]]\nid = "{n}"\nengine = "fake"\nvia = "daemon"\n' for n in "ab")
+    (tmp_path / "m.fake.json").write_text("{}")
+    path = tmp_path / "two.toml"
+    path.write_text(
+        f'[suite]\nname = "x"\ntrials = 2\nlaunches = 1\nup = "all"\n{servers}[[model]]\nid = "m"\n'
+        'artifacts = { q = "./m.fake.json" }\n' + CASE.format(id="hello", cache="asis")
+    )
+    status, (found,) = bench(path)
+    assert (status, [t.error for t in found.measured()]) == (0, [None] * 4)
+    assert len({t.process for t in found.measured()}) == 2
+
+
+def test_an_attached_server_that_is_not_there_is_told(write: Write, tmp_path: Path) -> None:
     path = tmp_path / "gone.toml"
     path.write_text(
         '[suite]\nname = "x"\ntrials = 1\nlaunches = 1\nready_s = 0.2\n[[server]]\nid = "s"\nattach = "http://127.0.0.1:9/v1"\n'

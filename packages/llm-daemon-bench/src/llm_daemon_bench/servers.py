@@ -128,6 +128,7 @@ class Daemon:
     name: str = ""
     spawn_ns: int = 0
     roots: tuple[int, ...] = ()
+    runtime: str = ""
 
     def pids(self) -> list[int]:
         return list(self.roots)
@@ -146,6 +147,7 @@ class Daemon:
 
     def stop(self) -> None:
         self.lease.close()
+        os.environ["LLM_DAEMON_RUNTIME_DIR"] = self.runtime
         stop_daemon(self.roots[-1])
 
 
@@ -241,6 +243,8 @@ class Starter:
     def _daemon(self, target: Target, weights: Weights) -> Server:
         server = target.server
         os.environ["LLM_DAEMON_THREADS"] = str(threads(target))  # read by the daemon that this starts
+        runtime = os.path.join(os.path.dirname(os.environ["LLM_DAEMON_RUNTIME_DIR"]), f"run{self.count}")
+        os.environ["LLM_DAEMON_RUNTIME_DIR"] = runtime  # one daemon for each server: ending it ends no other
         began = perf_counter_ns()
         try:
             lease: Any = sync.attach(
@@ -254,7 +258,7 @@ class Starter:
         argv: tuple[str, ...] = ()
         with suppress(psutil.Error):
             argv = tuple(psutil.Process(lease.pid).cmdline())
-        return Daemon(lease, endpoint, lease.model, cp, argv, f"d{lease.pid}", began, (lease.pid, lease.daemon_pid))
+        return Daemon(lease, endpoint, lease.model, cp, argv, f"d{lease.pid}", began, (lease.pid, lease.daemon_pid), runtime)
 
 
 def command(

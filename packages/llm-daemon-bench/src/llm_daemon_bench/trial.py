@@ -21,7 +21,9 @@ from .results import EVENTS, Cache, Check, Reached, Stream, Trial
 from .servers import Server
 from .suite import Case, Suite, Target
 
-COLD_TOKENS, COLD_SHARE = 64, 0.1  # cached tokens that a cold prompt may have: a template's head is the same for all
+# Cached tokens that a cold prompt may have, for a template's head is the same for all: a share of it, or so many (of a short one no
+# more than the larger share).
+COLD_SHARE, COLD_TOKENS, SHORT_SHARE = 0.1, 64, 0.6
 WARM_SHARE = 0.5
 HANG_UP_TOKENS = 512
 SLOT_S = 60.0
@@ -114,7 +116,9 @@ class Bench:
             enough=_enough(case, turn) if case.table.early_stop else None,
         )  # fmt: skip
         reply = replies.parse(raw)
-        cp, view = checkpoints.evaluate(case, turn, reply.pieces, reply.t_ms, raw.end_ms, raw.finish == "done")
+        cp, view = checkpoints.evaluate(
+            case, turn, reply.pieces, reply.t_ms, raw.end_ms, raw.finish == "done" and reply.error is None
+        )
         part = Part(turn, number, at, raw, reply, cp, error=raw.error or reply.error)
         if due_ns is not None:
             part.late_ms = (began - due_ns) / 1e6
@@ -188,12 +192,14 @@ def cache_ok(cache: Cache, turn: int, prompt: int | None, cached: int | None) ->
 
     >>> cache_ok("cold", 1, 600, 20), cache_ok("cold", 1, 600, 590), cache_ok("warm", 1, 600, 590), cache_ok("asis", 1, 600, 0)
     (True, False, True, None)
+    >>> cache_ok("cold", 1, 55, 24), cache_ok("cold", 1, 55, 54)  # the head of a short prompt, and all of it
+    (True, False)
     """
     if cached is None or prompt is None or turn > 1 or cache == "asis":
         return None
     if cache == "warm":
         return cached >= WARM_SHARE * prompt
-    return cached <= max(COLD_TOKENS, COLD_SHARE * prompt)
+    return cached <= max(COLD_SHARE * prompt, min(COLD_TOKENS, SHORT_SHARE * prompt))
 
 
 def _enough(case: Case, turn: int) -> Callable[[float, bytes], bool]:
