@@ -51,7 +51,7 @@ def bench(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Bench:
 @pytest.mark.parametrize("verb", MINE)
 def test_help_has_examples_and_the_same_words_as_the_list(bench: Bench, verb: str) -> None:
     command = import_module(f"llm_daemon_bench.cli.{verb}").command
-    assert command.help.split("\n\n")[0].replace("\n", " ").strip() == VERBS[verb]
+    assert command.help.splitlines()[0] == VERBS[verb]
     assert f"llm-daemon bench {verb}" in bench(verb, "--help").out
 
 

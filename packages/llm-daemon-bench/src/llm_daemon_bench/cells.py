@@ -233,7 +233,8 @@ def passes(results: Results) -> dict[tuple[str, str, str], Passes]:
 
 @dataclass(frozen=True, slots=True)
 class Parts:
-    """Medians over a cell's reached trials, ms.  `load` is 0 unless the request was the server's first one.
+    """Medians over a cell's reached trials, ms, scaled to add up to the cell's median.  `load` is 0 unless the request was the
+    server's first one.
 
     `queue`: everything before the first token that the server does not count as prompt processing (connection, template,
     tokenizing, waiting); 0 where the server tells no times, and then `prefill` is all of it.  `tokens` x `per_token` make
@@ -257,7 +258,10 @@ def parts(cell: Cell) -> Parts | None:
     rows = [row for dot in cell.dots if isinstance(dot.record, Trial) for row in _parts_of(dot, dot.record)]
     if not rows:
         return None
-    load, queue, prefill, decode = (stats.median([row[i] for row in rows]) for i in range(4))
+    load, *rest = (stats.median([row[i] for row in rows]) for i in range(4))
+    if sum(rest) > 0 and math.isfinite(cell.median):  # medians of parts do not add up to the median: shares of it do
+        rest = [x * cell.median / sum(rest) for x in rest]
+    queue, prefill, decode = rest
     tokens = [float(dot.tok) for dot in cell.dots if dot.tok is not None and math.isfinite(dot.ms)]
     rates = [x for dot in cell.dots if isinstance(dot.record, Trial) and (x := dot.record.decode_ms_per_tok) is not None]
     return Parts(load, queue, prefill, decode, stats.median(tokens) if tokens else None, stats.median(rates) if rates else None)
@@ -266,7 +270,7 @@ def parts(cell: Cell) -> Parts | None:
 def _parts_of(dot: Dot, trial: Trial) -> Iterator[tuple[float, float, float, float]]:
     if not math.isfinite(dot.ms):
         return
-    load = (trial.since_spawn_ms or 0.0) if trial.cache == "start" else 0.0
+    load = (trial.since_spawn_ms or 0.0) if trial.cache == "start" and trial.turn == 1 else 0.0
     first = min(dot.ms, trial.t_ms.get("first_token", dot.ms))
     prefill = min(first, trial.server_ms.prompt) if trial.server_ms.prompt is not None else first
     yield load, first - prefill, prefill, dot.ms - first

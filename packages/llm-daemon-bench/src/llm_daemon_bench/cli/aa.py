@@ -27,7 +27,9 @@ from ..results import load
 @click.option("--twin", metavar="TARGET", help="A second target that is the same thing.")
 @json_option
 def command(session: str | None, targets: tuple[str, ...], twin: str | None, json_: bool) -> None:
-    """Tell the noise floor: compare each target with itself, every other round against the rest.
+    """Tell how large a difference is where there is none.
+
+    Compares each target with itself, every other round against the rest: the noise floor.
 
     `compare --floor` and `gate --floor` then call only changes of twice its size.
     """

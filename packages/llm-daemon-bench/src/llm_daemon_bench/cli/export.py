@@ -17,14 +17,17 @@ from ..results import load
 @subcommand(
     "export",
     """
-    llm-daemon bench export csv > trials.csv
+    llm-daemon bench export csv | head
     llm-daemon bench export csv results/monday
     """,
 )
 @click.argument("format_", metavar="FORMAT", type=click.Choice(["csv"]))
 @click.argument("session", required=False)
 def command(format_: str, session: str | None) -> None:
-    """Print one line for each trial and checkpoint, warm-ups included and marked."""
+    """Print every trial as a line of CSV.
+
+    One line for each checkpoint of each trial, warm-ups included and marked.
+    """
     writer = csv.writer(sys.stdout, lineterminator="\n")
     writer.writerow(CSV_HEAD)
     writer.writerows(csv_rows(load(pick.folder(session))))

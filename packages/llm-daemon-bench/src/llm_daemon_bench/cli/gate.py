@@ -39,7 +39,11 @@ def _share(_ctx: click.Context, _param: click.Parameter, text: str) -> float:
 @floor_option
 @json_option
 def command(base: str, new: str, most: float, within: str | None, floor: float, json_: bool) -> int:
-    """Exit 1 if NEW is slower than BASE in any cell, wrong more often, lacks a cell or has too few trials to tell."""
+    """Exit with 1 if anything became slower or wrong.
+
+    NEW does not pass if it is slower than BASE in any cell by --max or more, is right less often, lacks a cell, or has too few
+    trials to tell.
+    """
     reasons: list[str] = []
     found = []
     for a, b in pick.sides(base, new, within):

@@ -66,7 +66,9 @@ def command(
     name: str | None,
     json_: bool,
 ) -> None:
-    """Name the target to use with its launch command, the runner-up, and a reason for each rejected one.
+    """Name the target to use, and why not the others.
+
+    The winner comes with its launch command, then the runner-up, and one reason for each rejected target.
 
     A wish is CASE.CHECKPOINT:p50<=500 (p50, p90, p95 or p99, in ms), CASE.CHECKPOINT:reach>=0.9 or CASE:pass>=0.9; CASE@start
     means the first request of a fresh server. Without any, the suite's `slo_ms` are the wishes.

@@ -36,7 +36,10 @@ from ..results import load, unwritable
 @click.option("--plain", is_flag=True, help="No colours, also on a terminal.")
 @json_option
 def command(session: str | None, html_: Path | None, markdown: Path | None, plain: bool, json_: bool) -> None:
-    """Show the results of a session: a table a case, what to use, and what makes figures doubtful."""
+    """Show a session for people: in the terminal, as Markdown, as one HTML file.
+
+    A table a case, what to use by the suite's limits, and what makes figures doubtful.
+    """
     view = View.of(load(pick.folder(session)))
     if json_:
         as_json(view_json(view))

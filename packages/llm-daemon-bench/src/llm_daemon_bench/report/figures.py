@@ -111,7 +111,9 @@ def strip(view: View, case: str, cache: str) -> Markup:
         )
         if (slo := band[0].slo_ms) is not None:
             out.append(line(axis.at(slo), top - 4, axis.at(slo), y, "slo", f"limit {slo:g} ms"))
-            out.append(text(axis.at(slo) + 4, top - 5, f"limit {slo:g} ms", "n"))
+            at = axis.at(slo)
+            left = at > PLOT_END - 90  # no room on its right
+            out.append(text(at - 4 if left else at + 4, top - 5, f"limit {slo:g} ms", "n", "end" if left else None))
         for i, cell in enumerate(band):
             out += _dots(top + 19 * i + 10, cell, axis, view.targets.index(cell.target))
         y += 10
