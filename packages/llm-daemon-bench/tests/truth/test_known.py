@@ -114,3 +114,16 @@ def test_a_whole_run_records_what_was_sent(tmp_path: Path, capsys: pytest.Captur
         ours = [t.t_ms[last] - t.t_ms[first] for t in trials]
         sent = [(events[last] - events[first]) / 1e6 for events in (t.events() for t in truths)]
         assert statistics.median(ours) == pytest.approx(statistics.median(sent), rel=0.05, abs=4), (first, last)
+
+
+@pytest.mark.parametrize(
+    ("prompt_ms", "doubted"), [(0.0, "over the server's own prompt time"), (500.0, "before the server had read")]
+)
+def test_a_run_doubts_itself_where_the_server_says_otherwise(tmp_path: Path, prompt_ms: float, doubted: str) -> None:
+    script = Script(("a", " b"), prefill_ms=80, told_prompt_ms=prompt_ms)
+    with ScriptedServer({"slow": script}) as server:
+        (tmp_path / "known.toml").write_text(SUITE.format(url=server.base_url))
+        assert run(["bench", "run", "known.toml", "--out", "out", "--plain"]) == 0
+    (folder,) = Path("out").glob("*/")
+    (note,) = [n for n in results.load(folder).session.notes if "prompt" in n]
+    assert doubted in note

@@ -38,6 +38,7 @@ class Script:
     usage: bool = True
     cached: int = 0  # tokens of the prompt that were in the cache
     timings: bool = True  # llama.cpp's own report
+    told_prompt_ms: float | None = None  # in it, instead of the truth
     stall_after: int | None = None  # tokens before a pause of `stall_ms`
     stall_ms: float = 0.0
     fail_after: int | None = None  # tokens before an error takes the place of the rest
@@ -142,7 +143,8 @@ class Total:
         """As llama.cpp has it: the clock of decoding starts at the first token, which prefill gives for free."""
         first, last = self.script.prefill_ms, self.tokens[-1].at_ms if self.tokens else self.script.prefill_ms
         fresh = self.prompt - self.script.cached
-        said = {"cache_n": self.script.cached, "prompt_n": fresh, "prompt_ms": first}
+        told = first if self.script.told_prompt_ms is None else self.script.told_prompt_ms
+        said = {"cache_n": self.script.cached, "prompt_n": fresh, "prompt_ms": told}
         return {**said, "predicted_n": len(self.tokens), "predicted_ms": last - first}
 
 
