@@ -21,7 +21,7 @@ from llm_daemon_bench import suite as suites
 from llm_daemon_bench.cli import VERBS, command, doctor
 from llm_daemon_bench.cli.doctor import Finding
 
-from .conftest import Write
+from .suites import Write
 
 ROOT = Path(__file__).parents[3]
 PACKAGE = ROOT / "packages" / "llm-daemon-bench"

@@ -234,6 +234,17 @@ def test_a_killed_keeper_takes_the_server_along(tmp_path: Path) -> None:
     assert not server.is_running()
 
 
+def test_folders_of_killed_runs_are_swept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    with subprocess.Popen([sys.executable, "-c", ""]) as gone:
+        pass
+    names = [f"{servers.SCRATCH}{gone.pid}-x", f"{servers.SCRATCH}{os.getpid()}-x", f"{servers.SCRATCH}other"]
+    for name in names:
+        (tmp_path / name).mkdir()
+    servers.sweep()
+    assert [(tmp_path / name).exists() for name in names] == [False, True, True]
+
+
 def test_a_port_answered_by_a_stranger_is_refused() -> None:
     import socket
 

@@ -17,7 +17,7 @@ import psutil
 from llm_daemon_bench import results
 from llm_daemon_bench.results import Results
 
-from .conftest import CASE, Write
+from .suites import CASE, Write
 
 CASES = (
     CASE.format(id="hello", cache="asis") + "cold_start = true\n" + '[[case]]\nid = "talk"\nturns = ["a", "b"]\nmax_tokens = 4\n'

@@ -15,7 +15,7 @@ from llm_daemon.cli.main import run
 from llm_daemon_bench import results
 from llm_daemon_bench.results import Results
 
-from .conftest import CASE, Write
+from .suites import CASE, Write
 
 TWO = CASE.format(id="hello", cache="asis") + CASE.format(id="other", cache="cold")
 
@@ -266,6 +266,28 @@ requests = 5
     firsts = [t.t_ms["first_token"] for t in rate]
     assert max(firsts) > 300
     assert firsts != sorted(firsts, reverse=True)
+
+
+def test_code_is_completed_and_filled_in(write: Write) -> None:
+    cases = """
+[[case]]
+id = "line"
+kind = "completion"
+prompt = "x = "
+checkpoints = [ { id = "c", contains = "fake" } ]
+[[case]]
+id = "middle"
+kind = "infill"
+prompt = "a "
+suffix = " z"
+checkpoints = [ { id = "c", tokens = 6 }, { id = "done", event = "done" } ]
+"""
+    path = write({"a": {}}, suite="trials = 1\nlaunches = 1\nwarmup = 0", cases=cases)
+    _, (found,) = bench(path)
+    assert sorted((t.case, t.error, t.finish, t.tokens.out) for t in found.measured()) == [
+        ("line", None, "stop", 6), ("middle", None, "stop", 6),
+    ]  # fmt: skip
+    assert all(r.ms is not None for t in found.measured() for r in t.cp.values())
 
 
 def test_the_time_budget_ends_a_run_that_can_go_on(write: Write, capsys: pytest.CaptureFixture[str]) -> None:

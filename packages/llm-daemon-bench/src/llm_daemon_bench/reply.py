@@ -86,6 +86,8 @@ class Parser:
             reply.usage = usage
         if isinstance(timings := event.get("timings"), dict):
             reply.timings = timings
+        if isinstance(n := event.get("tokens_predicted"), int) and event.get("stop"):  # llama.cpp's own form of a last event
+            reply.timings = {"predicted_n": n, **reply.timings}
         if progress := event.get("prompt_progress"):
             reply.progress.append((ms, progress))
         piece = _piece(ms, event)

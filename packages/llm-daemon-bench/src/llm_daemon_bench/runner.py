@@ -114,6 +114,7 @@ class Runner:
         self.summary.kept = sum(plan.total(self.suite, r.target) for r in self.ready.values()) - sum(
             1 for name in self.ready for _ in self._missing(name)
         )
+        servers.sweep()
         with ExitStack() as stack:
             if any(r.target.server.via == "daemon" for r in self.ready.values()):
                 stack.enter_context(servers.own_daemon())

@@ -32,6 +32,7 @@ from .suite import Suite, Target
 
 POLL_S = 0.004  # between two looks whether it is up: finer costs the loading server CPU, coarser costs precision
 ANSWER_S = 5.0  # for one look
+SCRATCH = "llmd-bench-"  # then our pid: working folders of servers, in the folder of temporary files
 
 
 class NotReady(Exception):
@@ -185,7 +186,7 @@ class Starter:
         return Attached(endpoint, target.server.model_name or served(endpoint) or target.model.id, cp, spawn_ns=began)
 
     def _launch(self, target: Target, weights: Weights) -> Server:
-        folder = tempfile.mkdtemp(prefix="llmd-bench-")
+        folder = tempfile.mkdtemp(prefix=f"{SCRATCH}{os.getpid()}-")
         try:
             argv, env, endpoint, alias = command(target, weights, folder, self._headers(target))
             try:
@@ -365,6 +366,14 @@ def version(target: Target, weights: Weights) -> str:
     return told.removeprefix("version:").strip()[:120] if done.returncode == 0 else ""
 
 
+def sweep() -> None:
+    """Removes the working folders of runs that were killed: those of processes that are gone, and theirs with them."""
+    for folder in Path(tempfile.gettempdir()).glob(f"{SCRATCH}*-*"):
+        pid = folder.name.removeprefix(SCRATCH).partition("-")[0]
+        if pid.isdigit() and not psutil.pid_exists(int(pid)):
+            shutil.rmtree(folder, ignore_errors=True)  # somebody else's is left alone by the system
+
+
 # The session's own daemon ---------------------------------------------------------------------------------------------
 
 
@@ -374,7 +383,7 @@ def own_daemon() -> Iterator[None]:
 
     With `ttl` and `linger` 0 the daemon ends with its last lease: also when this process is killed.
     """
-    with tempfile.TemporaryDirectory(prefix="llmd-bench-", ignore_cleanup_errors=True) as folder:
+    with tempfile.TemporaryDirectory(prefix=f"{SCRATCH}{os.getpid()}-", ignore_cleanup_errors=True) as folder:
         mine = {
             "RUNTIME_DIR": os.path.join(folder, "run"), "STATE_DIR": os.path.join(folder, "state"), "TTL": "0", "LINGER": "0",
             "HISTORY_LIMIT": "0", "THREADS": str(max(1, usable_cores() - 1)),

@@ -21,8 +21,8 @@ from .results import EVENTS, Cache, Check, Reached, Stream, Trial
 from .servers import Server
 from .suite import Case, Suite, Target
 
-# Cached tokens that a cold prompt may have, for a template's head is the same for all: a share of it, or so many (of a short one no
-# more than the larger share).
+# Cached tokens that a cold prompt may have, for a template's head is the same for all: a share of it, or so many (of a short
+# one no more than the larger share).
 COLD_SHARE, COLD_TOKENS, SHORT_SHARE = 0.1, 64, 0.6
 WARM_SHARE = 0.5
 HANG_UP_TOKENS = 512
@@ -116,9 +116,8 @@ class Bench:
             enough=_enough(case, turn) if case.table.early_stop else None,
         )  # fmt: skip
         reply = replies.parse(raw)
-        cp, view = checkpoints.evaluate(
-            case, turn, reply.pieces, reply.t_ms, raw.end_ms, raw.finish == "done" and reply.error is None
-        )
+        whole = raw.finish == "done" and reply.error is None
+        cp, view = checkpoints.evaluate(case, turn, reply.pieces, reply.t_ms, raw.end_ms, whole)
         part = Part(turn, number, at, raw, reply, cp, error=raw.error or reply.error)
         if due_ns is not None:
             part.late_ms = (began - due_ns) / 1e6
