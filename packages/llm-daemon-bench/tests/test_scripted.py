@@ -9,7 +9,7 @@ import pytest
 
 from llm_daemon.cli.main import run
 
-from .conftest import Write
+from .suites import Write
 
 CASE = """
 [[case]]

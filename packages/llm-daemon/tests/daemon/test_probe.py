@@ -17,10 +17,11 @@ import pytest
 import uvloop
 
 from llm_daemon.core import silence
+from llm_daemon.daemon.address import reserve
 from llm_daemon.daemon.logs import RotatingLog
 from llm_daemon.daemon.probe import Pulse, wait_ready
 from llm_daemon.daemon.process import EngineProcess, scrubbed_env
-from llm_daemon.engines.base import Grant, Location, Plan
+from llm_daemon.engines.base import Grant, Location, Plan, Probe, Tcp
 from llm_daemon.errors import EngineError, EngineTimeout, UsageError
 from llm_daemon.spec import Artifact, Spec, Wish
 from llm_daemon.testing.fake_engine import FakeEngine
@@ -237,5 +238,73 @@ while True:
         with pytest.raises(EngineTimeout):
             await wait_ready(process, plan, ADAPTER)
         await process.stop(force=True)
+
+    asyncio.run(main())
+
+
+def test_one_that_listens_on_every_interface_is_refused(tmp_path: Path, generation: str) -> None:
+    async def main() -> None:
+        with reserve() as reserved:
+            place = reserved.getsockname()
+        code = f"""
+import socket
+s = socket.create_server(("0.0.0.0", {place[1]}))
+while True:
+    s.accept()
+"""
+        plan = Plan((sys.executable, "-I", "-S", "-c", code), Tcp(*place))
+        process = await EngineProcess.start(
+            plan,
+            folder=str(tmp_path / "engine"),
+            env=scrubbed_env(os.environ, generation),
+            log=RotatingLog(str(tmp_path / "engine.log")),
+            name="odd",
+            on_exit=lambda exit: None,
+        )
+        with pytest.raises(EngineError, match="listens on every interface") as caught:
+            await wait_ready(process, plan, ADAPTER)
+        assert caught.value.code == "engine_unfit"
+        await process.stop(force=True)
+
+    asyncio.run(main())
+
+
+def test_one_that_takes_any_key_is_refused(engine: Start) -> None:
+    async def main() -> None:
+        async with engine() as (process, plan):
+            guarded = replace(plan, probes=(Probe(guarded=True),), headers=(("Authorization", "Bearer x"),))
+            with pytest.raises(EngineError, match="do not have its key"):
+                await wait_ready(process, guarded, ADAPTER)
+
+    asyncio.run(main())
+
+
+def test_the_next_probe_is_asked_where_a_route_is_missing(engine: Start) -> None:
+    async def main() -> None:
+        async with engine() as (process, plan):
+            await wait_ready(process, replace(plan, probes=(Probe("/no/such"), Probe("/v1/models"))), ADAPTER)
+            said = [line for line in process.last_words().splitlines() if line.startswith("get ")]
+            assert said == ["get /no/such", "get /v1/models"]
+            first = Probe("/v1/completions", body=b'{"prompt": "Hi", "max_tokens": 1}')
+            await wait_ready(process, replace(plan, warm_up=first), ADAPTER)
+            assert "request 1 end" in process.last_words()
+            with pytest.raises(EngineError, match="answers its first request with 404"):
+                await wait_ready(process, replace(plan, warm_up=Probe("/no/such", body=b"{}")), ADAPTER)
+
+    asyncio.run(main())
+
+
+def test_files_of_a_plan_are_for_its_user_alone(tmp_path: Path, generation: str) -> None:
+    async def main() -> None:
+        process = await EngineProcess.start(
+            Plan(("/bin/sh", "-c", "stat -c %a key; cat key"), "e.sock", files={"key": "k3y"}),
+            folder=str(tmp_path / "engine"),
+            env=scrubbed_env(os.environ, generation),
+            log=RotatingLog(str(tmp_path / "engine.log")),
+            name="odd",
+            on_exit=lambda exit: None,
+        )
+        await process.wait()
+        assert process.last_words() == "600\nk3y"
 
     asyncio.run(main())

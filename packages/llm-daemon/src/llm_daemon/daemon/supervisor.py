@@ -6,6 +6,7 @@ import asyncio
 import logging
 import os
 import shutil
+import socket
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
@@ -16,14 +17,16 @@ from typing import TYPE_CHECKING, Any
 from .. import errors, paths
 from ..config import Settings
 from ..core.events import Down, Event, Progressed, Up
-from ..engines.base import Grant, Plan, usable_cores
+from ..engines.base import ADDRESS, Grant, Plan, Tcp, usable_cores
 from ..engines.registry import Registry
 from ..models.catalog import Catalog
+from ..models.engine import split as own_model
 from ..models.fetch import fetch
 from ..models.gguf import header as gguf_header
 from ..spec import Spec, Wish
+from .address import TRIES, reserve
 from .logs import RotatingLog
-from .probe import UNPROBED, Pulse, wait_ready
+from .probe import UNPROBED, Pulse, ask, wait_ready
 from .process import EngineProcess, Exit, scrubbed_env
 
 if TYPE_CHECKING:
@@ -32,6 +35,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("llm_daemon")
 SOCKET = "engine.sock"
 KEEPER_DEATHS = 8  # in one start, before we say so: whoever kills keepers, it is no fault of the engine's
+LAST_REQUEST = 1.0  # seconds, see engines.base.Stop
 BEYOND = 4  # times the machine's memory: what no GPU beside it would make up for
 RESOLVED, RESOLVED_FOR = 256, 5.0  # wishes remembered, and seconds for which a name keeps its meaning
 
@@ -55,6 +59,7 @@ class Live:
     stop: asyncio.Task[None] | None = None
     log: RotatingLog | None = None
     folder: str = ""
+    reserved: socket.socket | None = None  # a port, until its process takes it over
     ending: bool = False  # a failed or abandoned start clears up: too late to cancel it
 
 
@@ -118,7 +123,15 @@ class Supervisor:
         spec = self.catalog.resolve(wish)
         wish = spec.wish
         path = spec.artifact.locator if spec.artifact.source == "file" else None
-        adapter, _ = self.registry.choose(path, wish.engine or self.settings.default_engine)
+        engine = wish.engine or self.settings.default_engine
+        if spec.artifact.source == "engine":
+            owner, path = own_model(spec.artifact.locator)
+            if wish.engine not in (None, owner):
+                raise errors.UsageError(
+                    f"{wish.model} is the engine {owner}'s own: {wish.engine} cannot load it", code="bad_spec"
+                )
+            engine = owner
+        adapter, _ = self.registry.choose(path, engine)
         for args, code in ((wish.args, "bad_args"), (self._configured(adapter.name), "bad_config")):
             if args and (reason := adapter.refuse(args)):
                 raise errors.UsageError(reason, code=code)
@@ -143,14 +156,18 @@ class Supervisor:
     async def _start(self, instance: str, live: Live) -> None:
         error: errors.LlmDaemonError | None = None
         try:
-            for death in range(1, KEEPER_DEATHS + 1):  # whatever comes of it, Up or Down is said in the end
+            for attempt in range(1, KEEPER_DEATHS + 1):  # whatever comes of it, Up or Down is said in the end
                 try:
                     await self._bring_up(instance, live)
                     break
                 except errors.EngineError as e:
-                    if e.code != "keeper_died" or death == KEEPER_DEATHS:
+                    on_tcp = live.plan is not None and isinstance(live.plan.address, Tcp)
+                    if attempt >= {"keeper_died": KEEPER_DEATHS, ADDRESS: TRIES if on_tcp else 1}.get(e.code, 1):
                         raise
                     log.warning("%s starts again: %s", instance, e)
+                    if live.process is not None:  # another has its port, and it may still run
+                        live.process.kill_now()
+                        await live.process.wait()
                     live.process = None
                     self._cleared(live)
         except asyncio.CancelledError:
@@ -184,7 +201,11 @@ class Supervisor:
 
         spec = live.spec
         full = spec.full or spec.wish
-        path = await fetch(spec.artifact, Path(paths.cache_dir()), progress)
+        path: Path | str
+        if spec.artifact.source == "engine":
+            path = own_model(spec.artifact.locator)[1]
+        else:
+            path = await fetch(spec.artifact, Path(paths.cache_dir()), progress)
         adapter, where = self.registry.choose(str(path), full.engine)
         name = adapter.name
         context = full.context or self.settings.context
@@ -201,10 +222,12 @@ class Supervisor:
                     code="too_large", hint="ask for a smaller context",
                 )  # fmt: skip
         progress({"phase": "load", "message": f"{name} loads {spec.model}"})
+        live.reserved = reserve()
+        host, port = live.reserved.getsockname()
         grant = Grant(
             model_path=str(path), alias=spec.model, socket=SOCKET, context=context,
             parallel=full.parallel or self.settings.parallel, threads=self._threads(), gpu_layers=full.gpu_layers,
-            args=(*self._configured(name), *full.args),
+            args=(*self._configured(name), *full.args), host=host, port=port, key=os.urandom(16).hex(),
         )  # fmt: skip
         live.plan = adapter.plan(spec, where, grant)
         user_env = {str(k): str(v) for k, v in self.settings.engines.get(name, {}).get("env", {}).items()}
@@ -220,6 +243,7 @@ class Supervisor:
                 live.process = await EngineProcess.start(
                     live.plan, folder=live.folder, env={**scrubbed_env(os.environ, self._generation), **user_env},
                     log=live.log, name=spec.model, on_exit=lambda exit: self._exited(instance, live, exit),
+                    reserved=live.reserved,
                 )  # fmt: skip
         except TimeoutError:  # its keeper was stopped, or its program's disk hangs
             raise errors.EngineTimeout(
@@ -281,6 +305,10 @@ class Supervisor:
             live.stop = asyncio.create_task(self._stop(instance, live, live.process, force))
 
     async def _stop(self, instance: str, live: Live, process: EngineProcess, force: bool) -> None:
+        if (last := process.plan.stop.request) is not None and not force:
+            with suppress(Exception):  # whatever it answers: it is told to go next
+                async with asyncio.timeout(LAST_REQUEST):
+                    await ask(process, last, process.plan.headers)
         await process.stop(force)
         if live.process is process:  # a second, forceful call may have been quicker
             live.process = None
@@ -312,6 +340,9 @@ class Supervisor:
         )
 
     def _cleared(self, live: Live) -> None:
+        if live.reserved is not None:
+            live.reserved.close()
+            live.reserved = None
         if live.log is not None:
             live.log.close()
             live.log = None

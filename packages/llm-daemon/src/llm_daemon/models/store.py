@@ -63,14 +63,14 @@ class Store:
     def path(self, artifact: Artifact) -> Path | None:
         """The weights, if they are here and whole (by size; their hash was checked when they came)."""
         if artifact.source == "file":
-            return path if (path := Path(artifact.locator)).is_file() else None
+            return path if (path := Path(artifact.locator)).exists() else None
         stored = self._read(self.folder(artifact))
         return self.folder(artifact) / stored.file if stored else None
 
     def size(self, artifact: Artifact) -> int | None:
         """The bytes of all its weights, if they are here."""
         if artifact.source == "file":
-            return path.stat().st_size if (path := self.path(artifact)) else None
+            return artifact.size if self.path(artifact) else None
         stored = self._read(self.folder(artifact))
         return stored.size if stored else None
 
