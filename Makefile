@@ -11,7 +11,7 @@ SETUP_FROM := $(PINS) $(PACKAGES:=/pyproject.toml)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run check test llama-server soak bench format pins clean
+.PHONY: help setup run check test llama-server soak bench bench-matrix format pins clean
 
 ifneq ($(shell cat $(STAMP) 2>/dev/null),$(HERE))
 .PHONY: $(STAMP)
@@ -22,9 +22,10 @@ help:
 	@echo 'make run     ask the starter model a question'
 	@echo 'make check   format, lint, types and the tests of each package'
 	@echo 'make test    everything that must pass, real engine included'
-	@echo 'make llama-server   build one for the tests (some minutes, once)'
+	@echo 'make llama-server   build llama.cpp programs for tests and benchmarks (some minutes, once)'
 	@echo 'make soak    the tests that take minutes'
 	@echo 'make bench   our own speed, against peers'
+	@echo 'make bench-matrix   three server applications, two models, three quantizations (about 15 minutes, undisturbed)'
 	@echo 'make format  put the code into its form'
 	@echo 'make pins    resolve requirements/dev.txt anew'
 	@echo 'make clean   remove .venv, caches and builds'
@@ -70,6 +71,9 @@ soak: $(STAMP)
 bench: $(STAMP)
 	@LLM_DAEMON_TEST_LLAMA_SERVER="$${LLM_DAEMON_TEST_LLAMA_SERVER:-$$($(BIN)/python tools/build_llama_server.py --path)}" \
 	  $(BIN)/python benchmarks/run.py
+
+bench-matrix: $(STAMP)
+	@$(BIN)/python tools/bench_matrix.py
 
 format: $(STAMP)
 	@$(BIN)/ruff check --quiet --fix-only

@@ -20,6 +20,7 @@ VERBS: dict[str, str] = {
     "recommend": "Name the target to use, and why not the others.",
     "export": "Print every trial as a line of CSV.",
     "doctor": "Look for what would spoil a measurement here.",
+    "validate": "Hold our numbers against references, and print how far they agree.",
 }
 ENDINGS = "Exit status: 0 fine, 1 a gate was not passed, 2 wrong usage, 3 the machine or a server's fault, 130 interrupted."
 

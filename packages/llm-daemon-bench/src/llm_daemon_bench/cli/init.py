@@ -14,6 +14,7 @@ from llm_daemon.config import Settings
 from llm_daemon.engines.base import Location
 from llm_daemon.engines.registry import Registry
 
+from .. import ready
 from ..errors import SuiteError
 
 HEAD = """\
@@ -119,29 +120,35 @@ SCHEMA = {
     """
     llm-daemon bench init
     llm-daemon bench init cases/desk.toml --model llama3-8b
+    llm-daemon bench init editor/editor.toml --suite editor    code completion; its texts are put beside it
     """,
 )
 @click.argument("file", metavar="[FILE]", type=click.Path(path_type=Path), default=Path("bench.toml"))
 @click.option("--model", "models", multiple=True, metavar="MODEL", help="Model to measure, by name or path; may be repeated.")
+@click.option(
+    "--suite", "ready_suite", type=click.Choice(list(ready.names())), help="Cases of a ready suite (`bench list --suites`)."
+)
 @click.option("--force", is_flag=True, help="Write over a file that is there.")
-def command(file: Path, models: tuple[str, ...], force: bool) -> None:
+def command(file: Path, models: tuple[str, ...], ready_suite: str | None, force: bool) -> None:
     """Write a commented suite to start from, out of what is installed here."""
-    schema = file.parent / "invoice.schema.json"
+    texts = ready.texts(ready_suite) if ready_suite else {"invoice.schema.json": json.dumps(SCHEMA, indent=2) + "\n"}
     if file.exists() and not force:
         raise SuiteError(f"{file} is there already", hint="name another file, or --force")
     settings = Settings.load()
-    text = suite(file.name, settings, models or (settings.default_model,))
+    cases = ready.cases(ready_suite) if ready_suite else CASES
+    text = suite(file.name, settings, models or (settings.default_model,), cases)
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(text)
-        if not schema.exists():
-            schema.write_text(json.dumps(SCHEMA, indent=2) + "\n")
+        for name, content in texts.items():
+            if force or not (file.parent / name).exists():
+                (file.parent / name).write_text(content)
     except OSError as e:
         raise SuiteError(f"cannot write {file}: {e.strerror}") from e
     click.echo(clean(f"{file} is there: look through it, then `llm-daemon bench run {file}`"))
 
 
-def suite(name: str, settings: Settings, models: Sequence[str]) -> str:
+def suite(name: str, settings: Settings, models: Sequence[str], cases: str = CASES) -> str:
     """The suite's text, for the engines that run here."""
     registry = Registry(settings.engines)
     found = {n: where for n in registry.names if isinstance(where := registry.locate(n), Location)}
@@ -155,7 +162,7 @@ def suite(name: str, settings: Settings, models: Sequence[str]) -> str:
     if not found and shutil.which("llama-server") is None:
         parts.append("# No engine was found here: `llm-daemon engines` says how to get one.\n")
     parts += [MODEL.format(**model(m)) for m in models]
-    return "".join(parts) + CASES
+    return "".join(parts) + cases
 
 
 def model(given: str) -> dict[str, str]:

@@ -10,7 +10,7 @@ import click
 
 from llm_daemon.cli.words import as_json, json_option, subcommand, table
 
-from .. import results, sessions
+from .. import ready, results, sessions
 from ..errors import ResultsError
 
 
@@ -22,9 +22,16 @@ from ..errors import ResultsError
     """,
 )
 @click.option("--out", type=click.Path(path_type=Path), default=Path("results"), show_default=True, help="Folder of sessions.")
+@click.option("--suites", is_flag=True, help="The ready suites that `bench init --suite` starts from, instead.")
 @json_option
-def command(out: Path, json_: bool) -> None:
+def command(out: Path, suites: bool, json_: bool) -> None:
     """Show the sessions there are."""
+    if suites:
+        if json_:
+            as_json({"suites": ready.names()})
+        else:
+            table(("SUITE", "ABOUT"), list(ready.names().items()))
+        return
     rows: list[dict[str, Any]] = []
     broken: list[str] = []
     for folder in sessions.folders(out):

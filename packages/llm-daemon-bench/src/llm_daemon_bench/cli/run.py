@@ -19,6 +19,7 @@ from ..artifacts import Finder
 from ..display import Display
 from ..errors import MachineError
 from ..runner import Ready, Runner, Summary, prepare
+from ..validate import told
 
 
 @subcommand(
@@ -77,7 +78,10 @@ def command(
                 display.problem(folder.name, f"stopped; `llm-daemon bench run {suite_file} --resume` goes on")
                 raise
             lost = {t.id: "its program or model is missing" for t in suite.targets if t.id not in ready} | summary.lost
-            writer.session(_ended(about, summary, lost))
+            doubts = told.warnings(results.load(folder).measured())
+            for doubt in doubts:
+                display.problem(folder.name, doubt)
+            writer.session(_ended(about, summary, lost, doubts))
     return _tell(folder, about, summary, lost, ready, json_, quiet)
 
 
@@ -86,8 +90,8 @@ def _terminate(*_: Any) -> None:
     sys.exit(143)
 
 
-def _ended(about: results.Session, summary: Summary, lost: dict[str, str]) -> results.Session:
-    notes = [*about.notes, *(f"{name} is not complete: {why}" for name, why in lost.items())]
+def _ended(about: results.Session, summary: Summary, lost: dict[str, str], doubts: list[str]) -> results.Session:
+    notes = [*about.notes, *(f"{name} is not complete: {why}" for name, why in lost.items()), *doubts]
     if summary.out_of_time:
         return msgspec.structs.replace(about, notes=(*notes, "stopped: the time budget was used up"))
     return msgspec.structs.replace(about, notes=tuple(dict.fromkeys(notes)), ended=None if lost else time.time())
