@@ -21,7 +21,7 @@ help:
 	@echo 'make run     ask the starter model a question'
 	@echo 'make check   format, lint, types and the tests of each package'
 	@echo 'make test    everything that must pass, real engine included'
-	@echo 'make llama-server   build one for the tests (some minutes, once)'
+	@echo 'make llama-server   build llama.cpp programs for tests and benchmarks (some minutes, once)'
 	@echo 'make soak    the tests that take minutes'
 	@echo 'make bench   our own speed, against peers'
 	@echo 'make format  put the code into its form'
