@@ -336,10 +336,11 @@ class Crowd(RuleBasedStateMachine):
                     self.processes[instance] = "starting"
                     assert self.grew or self.promised() <= BUDGET
                 case ev.Halt(instance, _, leaves_for):
-                    if leaves_for:
-                        assert not [t for t, s in self.open.items() if s != "waiting" and self.m.tickets[t].instance == instance]
-                        loading = self.processes[instance] == "starting"
-                        assert not loading or isinstance(event, ev.Weighed), "evicted while it was loading"
+                    if leaves_for and self.processes[instance] == "starting":
+                        assert event == ev.Weighed(instance, FETCHED), "evicted while it was loading"
+                    elif leaves_for:
+                        busy = [t for t, s in self.open.items() if s != "waiting" and self.m.tickets[t].instance == instance]
+                        assert not busy, "evicted while it was in use"
                     self.processes[instance] = "stopping"
                 case ev.Run(ticket, instance):
                     assert self.open[ticket] == "waiting" and self.processes[instance] == "ready"

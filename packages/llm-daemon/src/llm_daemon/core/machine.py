@@ -324,6 +324,7 @@ class Machine:
             return
         if it.state in (State.STARTING, State.READY, State.DRAINING) or (force and it.state is State.STOPPING):
             self._turn_away(it, refusals.stopped(it.spec), out)
+            it.leaves_for = ""
             self._halt(it, force, now, out)
         elif it.state is State.QUEUED:
             self._turn_away(it, refusals.stopped(it.spec), out)  # `_make_room` follows: nobody wants it any more

@@ -75,9 +75,10 @@ class Placement:
             return Fit.YES
         if it.state in (State.QUEUED, State.STARTING):
             it.need = need
-            if need > self.budget:
-                return Fit.NEVER
-            return Fit.LATER if it.state is State.STARTING and used(instances) > self.budget else Fit.YES
+            fit = Fit.NEVER if need > self.budget else Fit.LATER if used(instances) > self.budget else Fit.YES
+            if it.state is State.STARTING and fit is not Fit.YES:
+                it.need = 0  # its engine does not run yet
+            return Fit.YES if it.state is State.QUEUED and fit is Fit.LATER else fit
         # An engine that turns out to take more is not ended for it: alone, it may have all there is.
         it.need = max(it.need or 0, min(need, self.budget))
         self.crowded |= used(instances) > self.budget
