@@ -162,3 +162,33 @@ def test_plan_runs_nothing_and_says_who_would_leave(world: World, fake_model: Fa
         assert [i["model"] for i in status()["instances"]] == [one]
     ps = world.llm_daemon("plan", "no-such-model")
     assert ps.returncode == 2 and "no-such-model" in ps.stderr
+
+
+@pytest.mark.real
+def test_two_context_sizes_share_one_engine_when_the_larger_covers_both(world: World, smollm2: str) -> None:
+    with attach(smollm2, context=1024) as large, attach(smollm2, context=512) as small:
+        assert large.pid == small.pid and large.instance == small.instance
+        said = ask(small, small.model), ask(large, large.model)
+        assert all(said)
+        (it,) = status()["instances"]
+        assert (it["context"], len(it["leases"])) == (1024, 2)
+
+
+@pytest.mark.real
+def test_contexts_that_cannot_be_reconciled_get_what_they_asked_for_or_a_clear_refusal(world: World, smollm2: str) -> None:
+    with attach(smollm2, context=256, parallel=1) as one:
+        need = json.loads(world.llm_daemon("plan", f"{smollm2}?context=512&parallel=1", "--json").stdout)["memory"]["need_bytes"]
+        assert 100 * MB < need < 400 * MB
+        with attach(smollm2, context=512, parallel=1) as two:  # there is room: one each
+            assert one.pid != two.pid
+            assert sorted(i["context"] for i in status()["instances"]) == [256, 512]
+            assert ask(one, one.model) and ask(two, two.model)
+        assert world.llm_daemon("stop", "--force").returncode == 0
+    budget(world, str(need + 20 * MB))
+    with attach(smollm2, context=256, parallel=1) as one, attach(smollm2, context=512, parallel=1) as two:
+        # No room for both: the larger one takes over, and serves the smaller wish too.
+        assert ask(one, one.model) and ask(two, two.model)
+        assert [(i["context"], i["state"]) for i in status()["instances"] if i["state"] == "ready"] == [(512, "ready")]
+        with pytest.raises(errors.UsageError, match=r"needs about .* of memory, all models together may have") as caught:
+            attach(smollm2, context=8192, parallel=4)
+        assert caught.value.code == "too_large"

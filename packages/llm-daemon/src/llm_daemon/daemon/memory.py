@@ -154,7 +154,7 @@ class Learned:
             known = self._load()
             known.pop(name, None)
             known[name] = now
-            for old in list(known)[: len(known) - KEPT]:
+            for old in list(known)[: max(0, len(known) - KEPT)]:
                 del known[old]
             self._save(known)
 
