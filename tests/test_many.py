@@ -5,6 +5,7 @@ from __future__ import annotations
 import concurrent.futures
 import json
 import re
+import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable
@@ -26,7 +27,7 @@ def budget(world: World, text: str) -> None:
 
 def ask(llm: Any, model: str, words: str = "one two three") -> str:
     """What the model says, whole."""
-    body = json.dumps({"model": model, "messages": [{"role": "user", "content": words}]}).encode()
+    body = json.dumps({"model": model, "messages": [{"role": "user", "content": words}], "max_tokens": 8}).encode()
     headers = {"Content-Type": "application/json", "Authorization": f"Bearer {llm.api_key}"}
     with urllib.request.urlopen(urllib.request.Request(f"{llm.base_url}/chat/completions", body, headers), timeout=60) as answer:
         said: str = json.load(answer)["choices"][0]["message"]["content"]
@@ -40,6 +41,17 @@ def status() -> dict[str, Any]:
         return found
     finally:
         talk.close()
+
+
+def until(is_so: Callable[[], bool], within: float = 30.0) -> None:
+    """Looks again and again: what it waits for happens by time alone, and nobody tells of it."""
+    end = time.monotonic() + within
+    while not is_so():
+        assert time.monotonic() < end
+
+
+def states(model: str) -> list[str]:
+    return [i["state"] for i in status()["instances"] if i["model"] == model]
 
 
 def story(world: World) -> list[dict[str, Any]]:
@@ -108,8 +120,7 @@ def test_who_waits_hears_for_whom(world: World, fake_model: Fake) -> None:
     said: list[Any] = []
     with concurrent.futures.ThreadPoolExecutor(1) as pool, attach(fake_model()):
         first = pool.submit(attach, slow)
-        while not any(i["model"] == slow and i["state"] == "starting" for i in status()["instances"]):
-            pass
+        until(lambda: states(slow) == ["starting"])
         with attach(other, on_progress=said.append):
             first.result().close()
     waits = [p.message for p in said if p.phase == "wait" and "memory" in p.message]
@@ -121,8 +132,7 @@ def test_what_an_engine_really_takes_is_learned_and_counts(world: World, fake_mo
     idle = fake_model(memory_bytes=45 * MB, allocates=20 * MB)
     grows = fake_model(memory_bytes=30 * MB, allocates=120 * MB, echo=True)
     with attach(idle) as llm, attach(grows):
-        while [i for i in status()["instances"] if i["model"] == idle and i["state"] == "ready"]:
-            pass  # it leaves as soon as it has been there for its moment: the other one took more than it said
+        until(lambda: "ready" not in states(idle))  # once it has been there for its moment: the other one took more than it said
         (it,) = [i for i in status()["instances"] if i["model"] == grows]
         assert it["state"] == "ready" and 120 * MB < it["need_bytes"] < 150 * MB
         assert it["memory_peak_bytes"] == it["need_bytes"]
@@ -151,9 +161,8 @@ def test_plan_runs_nothing_and_says_who_would_leave(world: World, fake_model: Fa
     with attach(one):
         shared = json.loads(world.llm_daemon("plan", one, "--json").stdout)
         assert (shared["daemon"], shared["outcome"]["does"]) == (True, "shares")
+        until(lambda: "nobody uses it now" in world.llm_daemon("plan", other).stdout)  # a moment after it became ready
         evicts = world.llm_daemon("plan", other)
-        while "nobody uses it now" not in evicts.stdout:  # a moment after it became ready
-            evicts = world.llm_daemon("plan", other)
         assert f"outcome:  it starts when {one} has left: nobody uses it now" in evicts.stdout
         assert "memory:   45 MB (estimated: weights 45 MB)" in evicts.stdout
         assert "budget:   60 MB of 100 MB are kept for models now" in evicts.stdout
