@@ -36,6 +36,7 @@ def ask(llm: Any, model: str, words: str = "one two three") -> str:
 
 def status() -> dict[str, Any]:
     talk = sync.connect(start_daemon=False, lease=False)
+    assert talk is not None
     try:
         found: dict[str, Any] = talk.ask("CALL", 10, method="status")["result"]
         return found
