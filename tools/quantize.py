@@ -17,7 +17,7 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a script: our folder's name is the package
-from tools import build_llama_server as build  # noqa: E402
+from tools import build_llama_server as build
 
 THREADS = "2"
 

@@ -200,6 +200,15 @@ class Adapter(Protocol):
         ...
 
 
+@runtime_checkable
+class Weighs(Protocol):
+    """For an adapter that knows better than a GGUF file's header what its engine needs of the host's memory."""
+
+    def memory(self, spec: Spec, grant: Grant) -> int | None:
+        """Bytes for the weights at `grant.model_path` with these options; None if it cannot tell.  Must not block for long."""
+        ...
+
+
 def usable_cores() -> int:
     """Cores this process may use: affinity mask and cgroup v2 quota (`cpu.max`), at least 1.
 
