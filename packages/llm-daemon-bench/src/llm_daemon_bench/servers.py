@@ -21,7 +21,7 @@ from typing import Any, Protocol
 import psutil
 
 from llm_daemon.client import sync
-from llm_daemon.engines.base import Grant, Location, usable_cores
+from llm_daemon.engines.base import Grant, Location, Plan, Tcp, usable_cores
 from llm_daemon.errors import LlmDaemonError
 
 from .artifacts import Weights
@@ -300,14 +300,22 @@ def _engine_command(target: Target, weights: Weights, folder: str) -> tuple[list
     adapter, where, settings = found
     table = settings.engines.get(adapter.name, {})
     grant = Grant(
-        model_path=weights.path, alias=weights.spec.model, socket="engine.sock", context=server.context, parallel=server.slots,
+        model_path=weights.path, alias=weights.spec.model, socket="engine.sock", port=free_port(), key=os.urandom(16).hex(),
+        context=server.context, parallel=server.slots,
         threads=min(settings.threads or threads(target), threads(target)), gpu_layers=server.gpu_layers,
         args=(*map(str, table.get("args", ())), *server.args),
     )  # fmt: skip
     plan = adapter.plan(weights.spec, where, grant)
     own = {str(k): str(v) for k, v in table.get("env", {}).items()}
     env = {**scrubbed_env(os.environ, f"bench-{os.getpid()}"), **own, **plan.env, **server.env}
-    return list(plan.argv), env, Endpoint(socket=os.path.join(folder, plan.address)), weights.spec.model
+    return list(plan.argv), env, _address(plan, folder), weights.spec.model
+
+
+def _address(plan: Plan, folder: str) -> Endpoint:
+    """Where the engine of a plan listens; `folder` is its working folder."""
+    if isinstance(plan.address, Tcp):
+        return Endpoint(plan.address.host, plan.address.port, headers=dict(plan.headers))
+    return Endpoint(socket=os.path.join(folder, plan.address), headers=dict(plan.headers))
 
 
 def free_port() -> int:
