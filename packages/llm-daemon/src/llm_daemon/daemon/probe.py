@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import socket
 import sys
@@ -131,14 +132,40 @@ async def _poll(process: EngineProcess, plan: Plan, on_state: Callable[[str], No
         await asyncio.sleep(pause)
 
 
-async def _ask(process: EngineProcess, path: str) -> int:
-    """The status of one GET on a connection of its own.  OSError if there is no answer."""
-    loop = asyncio.get_running_loop()
-    with socket.socket(socket.AF_UNIX) as sock:
+async def post(process: EngineProcess, path: str, body: object) -> tuple[int, dict[str, Any]]:
+    """Status and JSON object of one POST, on a connection of its own.  OSError or ValueError if there is no such answer."""
+    loop, data = asyncio.get_running_loop(), json.dumps(body).encode()
+    with _connected(process) as sock:
+        head = f"POST {path} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\nContent-Type: application/json\r\n"
+        await loop.sock_sendall(sock, f"{head}Content-Length: {len(data)}\r\n\r\n".encode() + data)
+        answer = b""
+        while chunk := await loop.sock_recv(sock, 65536):
+            answer += chunk
+    first, _, said = answer.partition(b"\r\n\r\n")
+    words, found = first.split(None, 2), json.loads(said)
+    if not isinstance(found, dict) or len(words) < 2:
+        raise ValueError("not the answer of an engine")
+    return int(words[1]), found
+
+
+def _connected(process: EngineProcess) -> socket.socket:
+    """A connection to the engine and nobody else; the caller closes it."""
+    sock = socket.socket(socket.AF_UNIX)
+    try:
         sock.setblocking(False)
         # Not loop.sock_connect: it takes EAGAIN of a full backlog for "in progress".  On a unix socket connect is immediate.
         sock.connect(process.socket)
         _must_be_ours(sock, process)
+    except BaseException:
+        sock.close()
+        raise
+    return sock
+
+
+async def _ask(process: EngineProcess, path: str) -> int:
+    """The status of one GET on a connection of its own.  OSError if there is no answer."""
+    loop = asyncio.get_running_loop()
+    with _connected(process) as sock:
         await loop.sock_sendall(sock, f"GET {path} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n".encode())
         head = b""
         while b"\r\n" not in head:

@@ -6,7 +6,7 @@ import asyncio
 import logging
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -16,15 +16,17 @@ from typing import TYPE_CHECKING, Any
 from .. import errors, paths
 from ..config import Settings
 from ..core.events import Down, Event, Progressed, Up
-from ..engines.base import Grant, Plan, usable_cores
+from ..engines.base import Grant, Location, Plan, usable_cores
 from ..engines.registry import Registry
 from ..models.catalog import Catalog
 from ..models.fetch import fetch
 from ..models.gguf import header as gguf_header
-from ..spec import Spec, Wish
+from ..models.templates import described
+from ..spec import Extra, Spec, Wish
 from .logs import RotatingLog
 from .probe import UNPROBED, Pulse, wait_ready
 from .process import EngineProcess, Exit, scrubbed_env
+from .prompts import PromptCache, identity
 
 if TYPE_CHECKING:
     from .upstream import Pool
@@ -55,6 +57,7 @@ class Live:
     stop: asyncio.Task[None] | None = None
     log: RotatingLog | None = None
     folder: str = ""
+    prompts: str | None = None  # folder of what its conversations left
     ending: bool = False  # a failed or abandoned start clears up: too late to cancel it
 
 
@@ -79,6 +82,7 @@ class Supervisor:
         self._post = post
         self._locating: asyncio.Task[None] | None = None
         self._starts = 0
+        self.prompts = PromptCache(os.path.join(paths.state_dir(), "prompts"), settings.prompt_cache_limit)
         self._resolved: dict[Wish | str, tuple[Spec, float]] = {}
         self.spawned = asyncio.Event()  # an engine process was started, for the first time
 
@@ -99,6 +103,7 @@ class Supervisor:
                 self.registry.locate(name)
             except Exception:  # whoever wishes for this one will hear of it
                 log.exception("looking for %s failed", name)
+        self.prompts.trim()
 
     def resolve(self, wish: Wish | str) -> Spec:
         """The spec of a wish or of its text, with its open options decided.  Call `ready` first.
@@ -118,7 +123,7 @@ class Supervisor:
         spec = self.catalog.resolve(wish)
         wish = spec.wish
         path = spec.artifact.locator if spec.artifact.source == "file" else None
-        adapter, _ = self.registry.choose(path, wish.engine or self.settings.default_engine)
+        adapter, _ = self.registry.choose(path, wish.engine or self.settings.default_engine, spec.special)
         for args, code in ((wish.args, "bad_args"), (self._configured(adapter.name), "bad_config")):
             if args and (reason := adapter.refuse(args)):
                 raise errors.UsageError(reason, code=code)
@@ -148,7 +153,7 @@ class Supervisor:
                     await self._bring_up(instance, live)
                     break
                 except errors.EngineError as e:
-                    if e.code != "keeper_died" or death == KEEPER_DEATHS:
+                    if e.code not in ("keeper_died", "prompts_deadly") or death == KEEPER_DEATHS:
                         raise
                     log.warning("%s starts again: %s", instance, e)
                     live.process = None
@@ -184,10 +189,15 @@ class Supervisor:
 
         spec = live.spec
         full = spec.full or spec.wish
-        path = await fetch(spec.artifact, Path(paths.cache_dir()), progress)
-        adapter, where = self.registry.choose(str(path), full.engine)
+        root = Path(paths.cache_dir())
+        path = await fetch(spec.artifact, root, progress)
+        beside = [(extra, str(await fetch(extra.artifact, root, progress))) for extra in spec.extras]
+        adapter, where = self.registry.choose(str(path), full.engine, spec.special)
         name = adapter.name
         context = full.context or self.settings.context
+        about = await asyncio.to_thread(described, spec.artifact, path)
+        if about.get("template_changed"):
+            log.warning("%s: its chat template is not the one it was: `llm-daemon models show --template`", spec.model)
         if str(path).endswith(".gguf"):
             header = await asyncio.to_thread(gguf_header, path, stored=spec.artifact.source != "file")
             if spec.wish.context is None and header.context_length:
@@ -204,8 +214,10 @@ class Supervisor:
         grant = Grant(
             model_path=str(path), alias=spec.model, socket=SOCKET, context=context,
             parallel=full.parallel or self.settings.parallel, threads=self._threads(), gpu_layers=full.gpu_layers,
-            args=(*self._configured(name), *full.args),
+            args=(*self._configured(name), *full.args), mode=spec.mode, **loaded_beside(beside),
         )  # fmt: skip
+        live.prompts = await asyncio.to_thread(self._prompts, [str(path), *(p for _, p in beside)], full, where, grant)
+        grant = replace(grant, prompts=live.prompts)
         live.plan = adapter.plan(spec, where, grant)
         user_env = {str(k): str(v) for k, v in self.settings.engines.get(name, {}).get("env", {}).items()}
         live.engine, live.version, live.context = name, where.version, context
@@ -229,11 +241,17 @@ class Supervisor:
         live.pulse = Pulse(live.process, live.plan.stall)
         said = lambda state: progress({"phase": "load", "message": state})  # noqa: E731
         await wait_ready(live.process, live.plan, adapter, said, live.pulse)
+        restoring = live.prompts is not None and live.plan.saved_slots > 0
+        if restoring:
+            await self.prompts.restore(live.process, str(live.prompts), spec.model)
         if live.process.exit is not None:  # it answered and died before we were told
-            raise errors.EngineError(
-                f"{name} died right after loading {spec.model} ({live.process.exit})",
-                code="keeper_died" if live.process.lost_keeper else "engine_died",
-            )
+            code = "keeper_died" if live.process.lost_keeper else "prompts_deadly" if restoring else "engine_died"
+            raise errors.EngineError(f"{name} died right after loading {spec.model} ({live.process.exit})", code=code)
+
+    def _prompts(self, files: list[str], full: Wish, where: Location, grant: Grant) -> str | None:
+        """The folder for what its conversations leave, by everything that decides what that means."""
+        about = [full.engine, where.version, grant.context, grant.parallel, full.gpu_layers, grant.mode, grant.lora, grant.args]
+        return self.prompts.folder(identity(files, where.argv[0], {"options": about, "site": where.argv[1:]}))
 
     def _threads(self) -> int:
         """Cores minus one, shared with the engines that run already: spinning on all cores costs a factor of 3 to 70."""
@@ -281,6 +299,8 @@ class Supervisor:
             live.stop = asyncio.create_task(self._stop(instance, live, live.process, force))
 
     async def _stop(self, instance: str, live: Live, process: EngineProcess, force: bool) -> None:
+        if not force and live.prompts and live.plan and live.plan.saved_slots:
+            await self.prompts.save(process, live.prompts, live.plan.saved_slots, live.spec.model)
         await process.stop(force)
         if live.process is process:  # a second, forceful call may have been quicker
             live.process = None
@@ -318,3 +338,9 @@ class Supervisor:
         if live.folder:
             with suppress(OSError):
                 shutil.rmtree(live.folder)
+
+
+def loaded_beside(files: Sequence[tuple[Extra, str]]) -> dict[str, Any]:
+    """The fields of a Grant for the models, and their paths, of a spec's options."""
+    single = {extra.option: path for extra, path in files if extra.option != "lora"}
+    return {**single, "lora": tuple((path, extra.scale) for extra, path in files if extra.option == "lora")}

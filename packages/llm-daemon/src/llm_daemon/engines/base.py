@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
 
-from ..spec import Spec
+from ..spec import GENERATE, Spec
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +42,9 @@ class Grant:
     unix socket to listen on, relative to the engine's working folder, which is fresh and private to this instance.
     `context`: tokens for each of `parallel` conversations.  `gpu_layers`: None means the engine's own choice.
     `threads`: CPU threads it may use.  `args`: the user's extra flags, already checked by `refuse`.
+
+    The rest concerns only engines with such `options`: `mode`, one of spec.MODES; `draft` and `mmproj`, paths; `lora`, pairs
+    of path and scale.  `prompts`: an absolute folder where it may keep what its slots hold (Plan.saved_slots); None: nowhere.
     """
 
     model_path: str
@@ -52,6 +55,11 @@ class Grant:
     threads: int
     gpu_layers: int | None = None
     args: tuple[str, ...] = ()
+    mode: str = GENERATE
+    draft: str | None = None
+    mmproj: str | None = None
+    lora: tuple[tuple[str, float], ...] = ()
+    prompts: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,6 +94,9 @@ class Plan:
     `assembled`: routes whose plain answers the gateway asks for as streams, because the engine would notice a hang-up too
     late otherwise (core/assemble.py).  `confirms_hangup`: it takes a half-closed connection for a hang-up, and closes its
     side once it has let go of the request; without that, a hang-up closes the connection and the slot counts as free.
+
+    `saved_slots`: how many slots write what they hold into `Grant.prompts`, and read it again, on
+    `POST /slots/N?action=save` and `restore` with a `filename` (llama.cpp, tools/server/README.md).
     """
 
     argv: tuple[str, ...]
@@ -97,6 +108,7 @@ class Plan:
     stall: float = 120.0
     assembled: frozenset[str] = frozenset()
     confirms_hangup: bool = False
+    saved_slots: int = 0
 
 
 # Words for what went wrong while starting, found by an adapter in the log's last lines.
@@ -112,7 +124,10 @@ BAD_MODEL, BAD_FLAG, ADDRESS, OUT_OF_MEMORY, MISSING_LIBRARY, CRASHED = (
 
 @runtime_checkable
 class Adapter(Protocol):
-    """One server application.  Stateless; one object serves all instances, and methods may be called from any thread."""
+    """One server application.  Stateless; one object serves all instances, and methods may be called from any thread.
+
+    It may have an attribute `options`, a frozenset: which of spec.SPECIAL it can meet (`options_of`).
+    """
 
     name: str
     license: str
@@ -138,6 +153,12 @@ class Adapter(Protocol):
     def diagnose(self, exit_status: int | None, last_words: str) -> tuple[str, str]:
         """(kind, one line) for an engine that ended or never got ready: a word of this module, and its own error line."""
         ...
+
+
+def options_of(adapter: Adapter) -> frozenset[str]:
+    """Those of spec.SPECIAL that this engine can meet; none if it does not say."""
+    found: frozenset[str] = getattr(adapter, "options", frozenset())
+    return found
 
 
 def usable_cores() -> int:
