@@ -136,6 +136,7 @@ def ours(here: World, engine: str, model: str, plan: Plan, spawned: list[float])
 def alone(folder: Path, plan: Plan) -> float:
     """Milliseconds from spawn to the first 200 of an engine without us; then it is killed."""
     folder.mkdir()
+    assert isinstance(plan.address, str)
     address = str(folder / plan.address)
     with open(folder / "log", "wb") as log:
         began = time.perf_counter()
@@ -144,7 +145,7 @@ def alone(folder: Path, plan: Plan) -> float:
             stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True,
         )  # fmt: skip
     try:
-        while not answers(address, plan.probe.path):
+        while not answers(address, plan.probes[0].path):
             if engine.poll() is not None or time.perf_counter() - began > PATIENCE:
                 words = (folder / "log").read_text(errors="replace")[-2000:]
                 raise RuntimeError(f"{plan.argv[0]} did not start ({engine.returncode}):\n{words}")

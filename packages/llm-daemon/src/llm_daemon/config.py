@@ -34,7 +34,8 @@ class Settings:
     `allow_origins`: web pages that may use the gateway.  `remote_media`: whether engines may fetch images that a request
     names by URL.  `tls_host`: address where other machines may use it, at `tls_port`, which needs the files `tls_cert`, `tls_key`
     (PEM) and `tls_token_file` (a key of your own).
-    `catalog`: user entries and aliases.  `engines`: a table for each engine (`path`, `args`, `env`, `adapter`).
+    `catalog`: user entries and aliases.  `engines`: a table for each engine (`path`, `args`, `env`, `adapter`; with `command` it
+    describes one: engines/command.py).
     """
 
     ttl: float = 120.0
@@ -239,13 +240,23 @@ def _check_engines(table: dict[str, Any], text: str, path: str) -> None:
         where = f"{path} line {_line(text, name)}"
         if not isinstance(options, dict):
             raise _bad(f"engines.{name} must be a table", where)
+        known: Mapping[str, tuple[type | tuple[type, ...], str]] = _ENGINE_KEYS
+        if "command" in options:
+            from .engines import command
+
+            known = {**_ENGINE_KEYS, **command.KEYS}
         for key, value in options.items():
             where = f"{path} line {_line(text, key, after=name)}"
-            if key not in _ENGINE_KEYS:
-                raise _unknown(key, where, list(_ENGINE_KEYS))
+            if key not in known:
+                raise _unknown(key, where, list(known))
+            kind, wanted = known[key]
             inner = value if isinstance(value, list) else value.values() if isinstance(value, dict) else ()
-            if not isinstance(value, _ENGINE_KEYS[key][0]) or not all(isinstance(v, str) for v in inner):
-                raise _bad(f"engines.{name}.{key} must be {_ENGINE_KEYS[key][1]}", where)
+            fits = isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
+            if not fits or not all(isinstance(v, str) for v in inner):
+                raise _bad(f"engines.{name}.{key} must be {wanted}", where)
+        if "command" in options and (wrong := command.check(options)):
+            key, problem = wrong
+            raise _bad(f"engines.{name}.{key}: {problem}", f"{path} line {_line(text, key, after=name)}")
 
 
 def _line(text: str, key: str, after: str = "") -> int:

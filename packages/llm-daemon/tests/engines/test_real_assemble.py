@@ -24,7 +24,7 @@ from llm_daemon.daemon.process import EngineProcess, Exit, scrubbed_env
 from llm_daemon.engines.base import Adapter, Grant, Location
 from llm_daemon.errors import RemoteProtocolError
 from llm_daemon.spec import Artifact, Spec, Wish
-from llm_daemon.testing.conformance import UnixConnection
+from llm_daemon.testing.running import EngineConnection
 
 # Read now: the session takes LLM_DAEMON_* variables away.
 GIVEN = os.environ.get("LLM_DAEMON_TEST_LLAMA_SERVER")
@@ -240,7 +240,7 @@ class Engine:
 
     def ask(self, route: str, body: bytes) -> tuple[int, str, bytes]:
         """Status, media type and body of the answer."""
-        with contextlib.closing(UnixConnection(self._process.socket)) as connection:
+        with contextlib.closing(EngineConnection(self._process.socket)) as connection:
             connection.request("POST", route, body, {"Content-Type": "application/json"})
             response = connection.getresponse()
             return response.status, response.headers.get_content_type(), response.read()

@@ -15,6 +15,7 @@ from typing import Any
 import msgspec
 
 from llm_daemon.core.routes import RELAYED
+from llm_daemon.daemon.address import tcp
 from llm_daemon.daemon.gateway import Ask, Exchange, Gateway, Route, Turn
 from llm_daemon.daemon.upstream import Pool
 from llm_daemon.errors import LlmDaemonError
@@ -164,7 +165,7 @@ async def say_ok(call: EngineCall) -> None:
 
 
 class FakeEngine:
-    """An HTTP server on a unix socket; `script` answers each request, `log` tells `request`, `connected` and `gone`."""
+    """An HTTP server at an address; `script` answers each request, `log` tells `request`, `connected` and `gone`."""
 
     def __init__(self, path: str) -> None:
         self.path, self.log = path, Log()
@@ -177,7 +178,10 @@ class FakeEngine:
         self._server: asyncio.Server | None = None
 
     async def start(self) -> None:
-        self._server = await asyncio.start_unix_server(self._accept, self.path)
+        if (place := tcp(self.path)) is None:
+            self._server = await asyncio.start_unix_server(self._accept, self.path)
+        else:
+            self._server = await asyncio.start_server(self._accept, *place)
 
     async def stop(self) -> None:
         assert self._server is not None

@@ -18,8 +18,8 @@ from llm_daemon.daemon.probe import wait_ready
 from llm_daemon.daemon.process import EngineProcess, scrubbed_env
 from llm_daemon.engines.base import Grant, Location
 from llm_daemon.spec import Artifact, Spec, Wish
-from llm_daemon.testing.conformance import Running
 from llm_daemon.testing.fake_engine import FakeEngine
+from llm_daemon.testing.running import Running
 
 CHAT = {"messages": [{"role": "user", "content": "say what I say"}]}
 Play = Callable[..., None]
@@ -138,9 +138,9 @@ def test_who_notices_a_hang_up(play: Play, ignores: bool | str, stream: bool, no
             connection, response = await engine.stream(CHAT)
             response.close()
         else:
-            from llm_daemon.testing.conformance import UnixConnection
+            from llm_daemon.testing.running import EngineConnection
 
-            connection = UnixConnection(engine.process.socket)
+            connection = EngineConnection(engine.process.socket)
             await asyncio.to_thread(connection.request, "POST", "/v1/chat/completions", json.dumps(CHAT))
             await said(engine, "request 1 slot")
         connection.close()

@@ -14,6 +14,7 @@ from .. import paths
 from ..client.sync import Progress
 from ..config import Settings
 from ..daemon import hangup
+from ..daemon.address import reserve
 from ..daemon.logs import RotatingLog
 from ..daemon.probe import wait_ready
 from ..daemon.process import EngineProcess, scrubbed_env
@@ -78,17 +79,18 @@ class _Measuring:
         measured.save({**program, "model": self._spec.model, "at": time.time(), "ways": ways})
 
     async def _place(self, place: str, slots: int) -> dict[str, hangup.HangUps]:
-        name, plan = self._adapter.name, self._plan(slots)
+        name = self._adapter.name
         generation = "measure-" + os.urandom(8).hex()
         where = {"alone": "alone", "beside": "beside a stream"}[place]
         self._tell(f"{name} starts")
-        with tempfile.TemporaryDirectory(prefix="llm-daemon-") as folder:
+        with reserve() as reserved, tempfile.TemporaryDirectory(prefix="llm-daemon-") as folder:
+            plan = self._plan(slots, reserved.getsockname())
             log = RotatingLog(os.path.join(paths.log_dirs()[0], f"measure-{name}.log"))
             env = {str(k): str(v) for k, v in self._table.get("env", {}).items()}
             try:
                 process = await EngineProcess.start(
                     plan, folder=os.path.join(folder, "e"), env={**scrubbed_env(os.environ, generation), **env}, log=log,
-                    name=name, on_exit=lambda exit: None,
+                    name=name, on_exit=lambda exit: None, reserved=reserved,
                 )  # fmt: skip
                 try:
                     await wait_ready(process, plan, self._adapter)
@@ -99,12 +101,15 @@ class _Measuring:
             finally:
                 log.close()
 
-    def _plan(self, slots: int) -> Plan:
+    def _plan(self, slots: int, place: tuple[str, int]) -> Plan:
         args = tuple(map(str, self._table.get("args", ())))
         if args and (reason := self._adapter.refuse(args)):
             raise UsageError(reason, code="bad_config")
         threads = min(self._settings.threads or usable_cores() - 1, usable_cores())
-        grant = Grant(self._path, self._spec.model, "e.sock", CONTEXT, parallel=slots, threads=max(1, threads), args=args)
+        grant = Grant(
+            self._path, self._spec.model, "e.sock", CONTEXT, parallel=slots, threads=max(1, threads), args=args,
+            host=place[0], port=place[1], key=os.urandom(16).hex(),
+        )  # fmt: skip
         return self._adapter.plan(self._spec, self._where, grant)
 
     def _tell(self, text: str) -> None:

@@ -76,6 +76,25 @@ def read_form(body: bytes, content_type: bytes) -> Wanted:
         raise UsageError("the form's model is not UTF-8", code="bad_form") from None
 
 
+def rewritten(body: bytes, model: str | None, drop: frozenset[str]) -> bytes:
+    """A JSON body with this `model` (None: its own) and without the fields in `drop`; all others keep the client's own bytes.
+
+    >>> rewritten(b'{"model": "gpt-4", "temperature": 0.70, "user": "me"}', "m", frozenset({"user"}))
+    b'{"model":"m","temperature":0.70}'
+
+    Raises UsageError (`bad_json`) if it is not a JSON object.
+    """
+    try:
+        fields = msgspec.json.decode(body, type=dict[str, msgspec.Raw])
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as e:
+        raise UsageError(f"request body cannot be read: {e}", code="bad_json") from None
+    for name in drop:
+        fields.pop(name, None)
+    if model is not None:
+        fields["model"] = msgspec.Raw(msgspec.json.encode(model))
+    return msgspec.json.encode(fields)
+
+
 def error_body(error: LlmDaemonError) -> bytes:
     """The error as one line of OpenAI's JSON; the engine's `last_words` and `log` ride along when known.
 

@@ -58,7 +58,10 @@ class DaemonDesk:
             route = known[1]
         elif process is not None:
             plan = process.plan
-            route = Route(instance, process.socket, assembled=plan.assembled, confirms=plan.confirms_hangup)
+            route = Route(
+                instance, process.socket, plan.headers, plan.assembled, plan.confirms_hangup, plan.deaf, plan.routes,
+                plan.served_id, plan.drop, plan.paths,
+            )  # fmt: skip
             if len(self._routes) >= ROUTES:
                 self._routes.clear()
             self._routes[instance] = process, route

@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, Protocol
 import msgspec
 
 from ..core.assemble import NOT_IN_STREAM, Assembler, ask_to_stream
-from ..core.openai import error_body
+from ..core.openai import error_body, rewritten
 from ..core.routes import Kind, Route as Way
-from ..errors import Bug, EngineError, LlmDaemonError, RemoteProtocolError
+from ..errors import Bug, EngineError, LlmDaemonError, RemoteProtocolError, UsageError
 from .http1 import HEAD_LIMIT, Head, Request, chunk, request_bytes
 from .route import Route
 from .upstream import Call
@@ -125,9 +125,37 @@ class Exchange:
         self._start(route, body)
 
     def _start(self, route: Route, body: bytes) -> None:
+        deaf = False
+        if not route.plain:
+            try:
+                body = self._adapted(route, body)
+            except UsageError as e:
+                self._end()
+                self._ended(False)
+                self._give(e)
+                return
+            deaf = self._is_deaf(route)
         self._call = self._gateway.pool.call(
-            route.socket, self._message(route, body), self, confirms=route.confirms, may_switch=self.request.tunnel
+            route.socket, self._message(route, body), self, confirms=route.confirms, may_switch=self.request.tunnel, deaf=deaf
         )
+
+    def _adapted(self, route: Route, body: bytes) -> bytes:
+        """The body as this engine wants it.  Raises UsageError for a request that it cannot serve."""
+        way = self._way
+        if way.kind is not Kind.RELAYED:
+            return body
+        if route.only is not None and way.path not in route.only:
+            raise UsageError(
+                f"the engine of {route.instance} does not serve {way.path}", code="not_served", status=404,
+                hint="it serves " + ", ".join(sorted(route.only)) + "; another model or engine may do what you want",
+            )  # fmt: skip
+        if way.multipart and not self.request.headers.get(b"content-type", b"").startswith(b"application/json"):
+            return body  # a form: its model is a field that no engine insists on
+        return rewritten(body, route.served_id, route.drop) if route.served_id or route.drop else body
+
+    def _is_deaf(self, route: Route) -> bool:
+        """Whether the engine would finish this answer for nobody."""
+        return self._way.path in route.deaf and not self.ask.stream and self._assembler is None
 
     def refuse(self, error: LlmDaemonError) -> None:
         if self._state == "running":  # a desk that knows nothing of `abort`
@@ -262,11 +290,11 @@ class Exchange:
     def _message(self, route: Route, body: bytes) -> bytes:
         """What the engine is asked."""
         request, way = self.request, self._way
-        memo = request.memo if self._assembler is None and not route.headers else None
+        memo = request.memo if self._assembler is None and route.plain else None
         if memo is not None and (head := memo.get(way.path)) is not None:
             return head % (len(body), body)
         given, names = request.headers, _FORWARDED
-        target, method = way.path.encode("latin-1"), b"POST"
+        target, method = route.paths.get(way.path, way.path).encode("latin-1"), b"POST"
         if way.kind is not Kind.RELAYED:
             names, method = _PASSED, request.method.encode()
             method = b"GET" if method == b"HEAD" else method  # its answer's head alone would not say where the body ends
@@ -279,6 +307,8 @@ class Exchange:
             headers += [(b"connection", b"upgrade"), (b"upgrade", b"websocket")]
         if route.headers:
             headers += [(name.encode("ascii"), value.encode("ascii")) for name, value in route.headers]
+        if not route.plain and self._is_deaf(route):
+            headers.append((b"connection", b"close"))  # its end is how we learn that the slot is free
         if memo is not None and way.kind is Kind.RELAYED:
             memo[way.path] = (
                 request_bytes(target, headers, b"", b"POST")

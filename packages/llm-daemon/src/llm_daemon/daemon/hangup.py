@@ -20,8 +20,10 @@ from time import perf_counter
 from typing import Any, cast
 
 from ..core.assemble import ask_to_stream
+from ..core.openai import rewritten
 from ..engines.base import Plan
 from ..errors import EngineError, EngineTimeout
+from .address import connect
 from .upstream import LET_GO
 
 ROUTE = "/v1/chat/completions"
@@ -80,7 +82,7 @@ class HangUps:
 async def measure(
     path: str, plan: Plan, *, times: int = 5, natural: float = 4.0, on_step: Callable[[str], None] = lambda kind: None
 ) -> dict[str, HangUps]:
-    """`times` hang-ups of each of `KINDS` at the ready engine behind the unix socket `path`, which nobody else uses meanwhile.
+    """`times` hang-ups of each of `KINDS` at the ready engine at the address `path`, which nobody else uses meanwhile.
 
     `streaming`; `non-streaming` as the gateway asks, which is as a stream where the plan has the route in `assembled`; and
     `plain`, as the client would ask itself.  `natural`: seconds that a victim lives undisturbed.  `on_step` hears each kind
@@ -175,9 +177,14 @@ class _Bench:
     @asynccontextmanager
     async def _ask(self, body: bytes, last: bool = False) -> AsyncIterator[_Asked]:
         """A request on a connection of its own, closed at the end.  `last`: the engine closes it after its answer."""
-        head = f"POST {ROUTE} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n"
+        plan = self._plan
+        if plan.served_id:
+            body = rewritten(body, plan.served_id, frozenset())
+        lines = [f"POST {plan.paths.get(ROUTE, ROUTE)} HTTP/1.1", "Host: localhost", "Content-Type: application/json"]
+        lines += [f"Content-Length: {len(body)}", *(f"{name}: {value}" for name, value in plan.headers), ""]
+        head = "\r\n".join(lines)
         try:
-            _, asked = await asyncio.get_running_loop().create_unix_connection(_Asked, self._path)
+            _, asked = await connect(self._path, _Asked)
         except OSError as e:
             raise EngineError(f"cannot connect to it: {e.strerror or e}", code="not_measured") from e
         try:

@@ -8,13 +8,15 @@ import os
 import socket
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import Any
 
 from ..core.silence import Silence
-from ..engines.base import ADDRESS, BAD_MODEL, CRASHED, OUT_OF_MEMORY, Adapter, Plan
+from ..engines.base import ADDRESS, BAD_MODEL, CRASHED, OUT_OF_MEMORY, Adapter, Plan, Probe
 from ..errors import EngineError, EngineTimeout, LlmDaemonError, UsageError
-from .identity import peer
+from .address import connect_tcp, holds, listeners, tcp, tree
+from .identity import peer, port_holder
 from .process import EngineProcess
 
 # Fast while a small model loads (readiness noticed within 25 ms), then slower up to `LAZY`: each probe costs the engine a little.
@@ -23,6 +25,7 @@ EAGER, LAZY, EAGER_FOR = 0.020, 0.250, 10.0
 PATIENCE = 2.0
 # Of one core: more is work.  Answering our probes costs something; a running engine is not probed, and a GPU's work shows little.
 PROBED, UNPROBED = 0.05, 0.01
+LACKING = frozenset({404, 405, 501})  # statuses that mean: no such route here
 _TICK = os.sysconf("SC_CLK_TCK")
 
 
@@ -33,7 +36,7 @@ async def wait_ready(
     on_state: Callable[[str], None] | None = None,
     pulse: Pulse | None = None,
 ) -> None:
-    """Returns when the engine answers its probe on its own socket, and the one who answers is in the keeper's tree.
+    """Returns when the engine answers its probes at its own address, and the one who answers is in the keeper's tree.
 
     `on_state` hears `starting`, `loading` (it answers, but not yet), `ready`, each when it begins.  There is no total
     deadline: a load may take hours, but not `plan.stall` seconds without a byte of log, a change of state, CPU time or
@@ -58,8 +61,14 @@ async def wait_ready(
         raise EngineError(
             f"{stranger} answers in place of {process.name}",
             code=ADDRESS,
-            hint="nobody but the engine should be in its private folder: end that process",
+            hint="nobody but the engine should be at its private address: end that process",
             **_details(process),
+        ) from None
+    except _Failed as failed:
+        raise failure(process, adapter, str(failed)) from None
+    except _Unfit as unfit:
+        raise EngineError(
+            f"{process.name} {unfit}", code="engine_unfit", hint="see its log for more", **_details(process)
         ) from None
     finally:
         polling.cancel()
@@ -67,8 +76,8 @@ async def wait_ready(
         await asyncio.gather(polling, ending, return_exceptions=True)
 
 
-def failure(process: EngineProcess, adapter: Adapter) -> LlmDaemonError:
-    """The error for an engine that ended by itself, in its own words."""
+def failure(process: EngineProcess, adapter: Adapter, how: str = "") -> LlmDaemonError:
+    """The error for an engine that ended by itself, or failed as `how` says, in its own words."""
     exit = process.exit
     status = None if exit is None else exit.status if exit.signal is None else -exit.signal
     kind, line = adapter.diagnose(status, process.last_words())
@@ -82,7 +91,7 @@ def failure(process: EngineProcess, adapter: Adapter) -> LlmDaemonError:
         )
     hint = {OUT_OF_MEMORY: "try a smaller context or quantization, or stop another model"}.get(kind, "see its log for more")
     code = "keeper_died" if process.lost_keeper else "engine_start_failed" if kind == CRASHED else kind
-    return EngineError(f"{process.name} did not start ({exit}): {line}", code=code, hint=hint, **details)
+    return EngineError(f"{process.name} did not start ({how or exit}): {line}", code=code, hint=hint, **details)
 
 
 def _details(process: EngineProcess) -> dict[str, Any]:
@@ -102,25 +111,40 @@ class _Stranger(Exception):
     pass
 
 
+class _Failed(Exception):
+    """It runs, but has not loaded its model."""
+
+
+class _Unfit(Exception):
+    """It is ours, and must not serve."""
+
+
 async def _poll(process: EngineProcess, plan: Plan, on_state: Callable[[str], None], pulse: Pulse) -> None:
     state, began, pause = "starting", time.monotonic(), EAGER
     on_state(state)
-    reason = "it does not listen"
+    reason, strangers = "it does not listen", 0
     while True:
         try:
             # Not wait_for: before Python 3.12 it loses a cancellation that meets a result (cpython#86296).
             async with asyncio.timeout(min(PATIENCE, plan.stall)):
-                status = await _ask(process, plan.probe.path)
+                probe, status = await _ask_in_turn(process, plan)
         except TimeoutError:
             reason = "it accepted a connection but does not answer"
         except OSError:
-            pass  # not yet there; or it hung up, which is no different
+            strangers = 0  # not yet there; or it hung up, which is no different
+        except _Stranger:
+            strangers += 1  # for a moment, an engine that dies has let go of its files and still listens
+            if strangers > 1:
+                raise
         else:
-            if status in plan.probe.ready:
+            if status in probe.ready:
                 pulse.silence.heard()
-                on_state("ready")
-                return
-            reason = f"{plan.probe.path} answers {status}"
+                if plan.warm_up is None or await _warm_up(process, plan, plan.warm_up, pulse):
+                    on_state("ready")
+                    return
+                reason = "it hung up on its first request"
+            else:
+                reason = f"{probe.path} answers {status}"
             if state != "loading":
                 state = "loading"
                 on_state(state)
@@ -134,12 +158,9 @@ async def _poll(process: EngineProcess, plan: Plan, on_state: Callable[[str], No
 
 async def post(process: EngineProcess, path: str, body: object) -> tuple[int, dict[str, Any]]:
     """Status and JSON object of one POST, on a connection of its own.  OSError or ValueError if there is no such answer."""
-    loop, data = asyncio.get_running_loop(), json.dumps(body).encode()
-    with _connected(process) as sock:
-        head = f"POST {path} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\nContent-Type: application/json\r\n"
-        await loop.sock_sendall(sock, f"{head}Content-Length: {len(data)}\r\n\r\n".encode() + data)
-        answer = b""
-        while chunk := await loop.sock_recv(sock, 65536):
+    answer = b""
+    with await _asked(process, Probe(path, body=json.dumps(body).encode()), process.plan.headers) as sock:
+        while chunk := await asyncio.get_running_loop().sock_recv(sock, 65536):
             answer += chunk
     first, _, said = answer.partition(b"\r\n\r\n")
     words, found = first.split(None, 2), json.loads(said)
@@ -148,25 +169,55 @@ async def post(process: EngineProcess, path: str, body: object) -> tuple[int, di
     return int(words[1]), found
 
 
-def _connected(process: EngineProcess) -> socket.socket:
-    """A connection to the engine and nobody else; the caller closes it."""
-    sock = socket.socket(socket.AF_UNIX)
+async def _asked(process: EngineProcess, probe: Probe, headers: Sequence[tuple[str, str]]) -> socket.socket:
+    """A connection to the engine and nobody else, on which this was asked; the caller closes it."""
+    lines = [f"{'POST' if probe.body else 'GET'} {probe.path} HTTP/1.1", "Host: localhost", "Connection: close"]
+    lines += [f"{name}: {value}" for name, value in headers]
+    if probe.body:
+        lines += ["Content-Type: application/json", f"Content-Length: {len(probe.body)}"]
+    sock = await _connected(process)
     try:
-        sock.setblocking(False)
-        # Not loop.sock_connect: it takes EAGAIN of a full backlog for "in progress".  On a unix socket connect is immediate.
-        sock.connect(process.socket)
-        _must_be_ours(sock, process)
+        await asyncio.get_running_loop().sock_sendall(sock, "\r\n".join([*lines, "\r\n"]).encode() + probe.body)
     except BaseException:
         sock.close()
         raise
     return sock
 
 
-async def _ask(process: EngineProcess, path: str) -> int:
-    """The status of one GET on a connection of its own.  OSError if there is no answer."""
+async def _ask_in_turn(process: EngineProcess, plan: Plan) -> tuple[Probe, int]:
+    """The first probe whose route there is, and the answer to it."""
+    for probe in plan.probes:
+        status = await ask(process, probe, plan.headers)
+        if status not in LACKING:
+            break
+    if probe.guarded and status in probe.ready and await ask(process, probe) not in (401, 403):
+        raise _Unfit("answers those who do not have its key")
+    return probe, status
+
+
+async def _warm_up(process: EngineProcess, plan: Plan, first: Probe, pulse: Pulse) -> bool:
+    """The engine's first request, for as long as it shows signs of life; False if it hung up, perhaps because it died."""
+    asking = asyncio.ensure_future(ask(process, first, plan.headers))
+    try:
+        while not asking.done():
+            await asyncio.wait({asking}, timeout=pulse.silence.step)
+            if pulse.look(UNPROBED):
+                raise _Stalled("it does not answer its first request")
+        status = asking.result()
+    except OSError:
+        return False
+    finally:
+        asking.cancel()
+        await asyncio.gather(asking, return_exceptions=True)
+    if status not in first.ready:
+        raise _Failed(f"it answers its first request with {status}")
+    return True
+
+
+async def ask(process: EngineProcess, probe: Probe, headers: Sequence[tuple[str, str]] = ()) -> int:
+    """The status of one request on a connection of its own, made to nobody but the engine.  OSError if there is no answer."""
     loop = asyncio.get_running_loop()
-    with _connected(process) as sock:
-        await loop.sock_sendall(sock, f"GET {path} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n".encode())
+    with await _asked(process, probe, headers) as sock:
         head = b""
         while b"\r\n" not in head:
             data = await loop.sock_recv(sock, 4096)
@@ -177,6 +228,27 @@ async def _ask(process: EngineProcess, path: str) -> int:
     if len(words) < 2 or not words[0].startswith(b"HTTP/") or not words[1].isdigit():
         raise ConnectionError("not HTTP")
     return int(words[1])
+
+
+async def _connected(process: EngineProcess) -> socket.socket:
+    """A connection to the engine and to nobody else.  OSError if nobody listens."""
+    if (place := tcp(process.socket)) is not None:
+        if not place[1]:
+            raise ConnectionRefusedError("it has not said its port")
+        sock = await connect_tcp(place)
+        prove: Callable[[socket.socket, EngineProcess], None] = _port_must_be_ours
+    else:
+        sock, prove = socket.socket(socket.AF_UNIX), _must_be_ours
+    try:
+        if place is None:
+            sock.setblocking(False)
+            # Not loop.sock_connect: it takes EAGAIN of a full backlog for "in progress".  On a unix socket connect is immediate.
+            sock.connect(process.socket)
+        prove(sock, process)
+    except BaseException:
+        sock.close()
+        raise
+    return sock
 
 
 def _must_be_ours(sock: socket.socket, process: EngineProcess) -> None:
@@ -192,6 +264,20 @@ def _must_be_ours(sock: socket.socket, process: EngineProcess) -> None:
         if not at:
             break
     raise _Stranger(f"process {pid} of user {uid}")
+
+
+def _port_must_be_ours(sock: socket.socket, process: EngineProcess) -> None:
+    """Whoever may accept at this port must be in the keeper's tree, and reachable from this machine alone."""
+    if sys.platform != "linux":
+        return  # there, the reservation must do, and a key where the engine takes one
+    host, port = sock.getpeername()
+    found = listeners(host, port)
+    if not found:
+        raise ConnectionResetError("it listens no more")
+    if set(found) - holds(process.keeper_pid, set(found)):
+        raise _Stranger(port_holder(port))
+    if any(found.values()):
+        raise _Unfit(f"listens on every interface instead of {host} alone: other machines could use it")
 
 
 def _stat(pid: int) -> list[int]:
@@ -242,18 +328,10 @@ class Pulse:
         if not os.path.exists("/proc/self/stat"):
             return None
         cpu, disk = 0.0, 0
-        todo = [self.process.pid]
-        while todo:
-            pid = todo.pop()
+        for pid in tree(self.process.pid):
             stat = _stat(pid)
             cpu += (stat[11] + stat[12]) / _TICK  # utime, stime
             disk += stat[9]  # majflt
-            try:
-                with open(f"/proc/{pid}/io") as f:
-                    disk += next((int(line.split()[1]) for line in f if line.startswith("read_bytes")), 0)
-                for task in os.listdir(f"/proc/{pid}/task"):
-                    with open(f"/proc/{pid}/task/{task}/children") as f:
-                        todo += map(int, f.read().split())
-            except OSError:
-                pass  # it ended
+            with suppress(OSError), open(f"/proc/{pid}/io") as f:
+                disk += next((int(line.split()[1]) for line in f if line.startswith("read_bytes")), 0)
         return cpu, disk

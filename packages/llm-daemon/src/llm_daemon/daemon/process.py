@@ -12,11 +12,13 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from socket import socket as Socket
 
-from ..engines.base import Plan
+from ..engines.base import Plan, Tcp
 from ..errors import EngineError
 from ..faults import FOLDER, fp
 from . import cgroup, keeper
+from .address import TCP
 from .logs import RotatingLog, Tail
 
 # Run from its cache where there is one (fresh, for it was just imported): a script is compiled anew each time.
@@ -112,7 +114,7 @@ class Exit:
 class EngineProcess:
     """An engine under its keeper.  Use it on the event loop that `start` ran on.
 
-    `pid` and `keeper_pid` are only for people and for reading /proc: never signal them.  `socket` is a path to
+    `pid` and `keeper_pid` are only for people and for reading /proc: never signal them.  `socket` is where to
     connect to, valid until the exit.  `last_activity` is the monotonic time of the last log byte (at first: of the start).
     """
 
@@ -127,6 +129,7 @@ class EngineProcess:
         self._started: asyncio.Future[None] = self._loop.create_future()
         self._ended: asyncio.Future[Exit] = self._loop.create_future()
         self._tail = Tail()
+        self._port = plan.address.port if isinstance(plan.address, Tcp) and not plan.address.told else 0
         self._tag = os.urandom(8).hex()
         self._box: str | None = None
         self._box_until = 0.0  # monotonic time: as long as we wait for what is in it
@@ -140,17 +143,27 @@ class EngineProcess:
 
     @classmethod
     async def start(
-        cls, plan: Plan, *, folder: str, env: Mapping[str, str], log: RotatingLog, name: str, on_exit: Callable[[Exit], None]
+        cls,
+        plan: Plan,
+        *,
+        folder: str,
+        env: Mapping[str, str],
+        log: RotatingLog,
+        name: str,
+        on_exit: Callable[[Exit], None],
+        reserved: Socket | None = None,
     ) -> EngineProcess:
         """Starts `plan` in `folder` (made if missing) and returns when the program runs; that says nothing about readiness.
 
-        `env` is the complete environment (`scrubbed_env`); `plan.env` goes on top.  `on_exit` is called once, on the
+        `env` is the complete environment (`scrubbed_env`); `plan.env` goes on top.  `reserved` holds the plan's TCP port
+        (address.py) and is taken over.  `on_exit` is called once, on the
         loop, after the last process of the engine is gone and its log is read to the end.  Raises EngineError
         (`engine_start_failed`, or `keeper_died`) if it cannot be run at all; then, and when cancelled, nothing is left and
         `on_exit` is never called.
         """
         self = cls(plan, folder, log, name, on_exit)
         try:
+            self._prepare(reserved)
             self._spawn({**env, **plan.env, ENGINE_TAG: self._tag})
         except (OSError, ValueError) as e:
             self._close_all()
@@ -173,13 +186,19 @@ class EngineProcess:
 
     @property
     def socket(self) -> str:
-        """The engine's unix socket; through /proc/self/fd where the plain path does not fit into a socket address."""
-        path = os.path.join(self.folder, self.plan.address)
+        """Where the engine listens (address.py).  Port 0 until it has said which one it took.
+
+        A unix socket goes through /proc/self/fd where the plain path does not fit into a socket address.
+        """
+        address = self.plan.address
+        if isinstance(address, Tcp):
+            return f"{TCP}{address.host}:{self._port}"
+        path = os.path.join(self.folder, address)
         if len(os.fsencode(path)) <= 103:  # sun_path holds 108 bytes with the final NUL on Linux, 104 on macOS
             return path
         if "folder" not in self._fds:
             self._fds["folder"] = os.open(self.folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        return f"/proc/self/fd/{self._fds['folder']}/{self.plan.address}"
+        return f"/proc/self/fd/{self._fds['folder']}/{address}"
 
     def last_words(self) -> str:
         """The last lines of the engine's output, at most 8 KiB."""
@@ -217,8 +236,21 @@ class EngineProcess:
 
     # -- start --
 
-    def _spawn(self, env: dict[str, str]) -> None:
+    def _prepare(self, reserved: Socket | None) -> None:
+        """Folder, files and port, as the plan wants them."""
         os.makedirs(self.folder, mode=0o700, exist_ok=True)
+        for name, text in self.plan.files.items():
+            fd = os.open(os.path.join(self.folder, name), os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+            with open(fd, "w") as f:
+                f.write(text)
+        address = self.plan.address
+        if reserved is not None:
+            if isinstance(address, Tcp) and address.rebinds and not address.told:
+                self._fds["reserved"] = reserved.detach()
+            else:
+                reserved.close()  # not needed; or it could not bind beside it, and the proof of who listens must do
+
+    def _spawn(self, env: dict[str, str]) -> None:
         self._box = cgroup.make(self.folder, env.get(GEN_TAG, ""))
         fds = self._fds
         life_r, fds["lifeline"] = os.pipe()
@@ -265,6 +297,11 @@ class EngineProcess:
         self.last_activity = time.monotonic()
         self._tail.feed(data)
         self.log.write(data)
+        address = self.plan.address
+        if isinstance(address, Tcp) and address.told and not self._port:
+            text = self.last_words() + ("\n" if data.endswith(b"\n") else "")
+            if said := re.search(address.told + r"(?=\D)", text):  # the number's last digit has come, too
+                self._port = int(said[1])
 
     def _read_status(self) -> None:
         try:

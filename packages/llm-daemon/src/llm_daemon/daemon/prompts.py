@@ -71,6 +71,10 @@ class PromptCache:
             return None
         return path
 
+    def holds(self, folder: str | None) -> bool:
+        """Whether there is something to restore."""
+        return folder is not None and os.path.exists(os.path.join(folder, "index.json"))
+
     async def save(self, process: EngineProcess, folder: str, slots: int, model: str) -> None:
         """Has an idle engine write its slots.  Never raises, takes SAVE_WAIT seconds at most."""
         began, found = monotonic(), dict[str, dict[str, Any]]()

@@ -6,6 +6,7 @@ import asyncio
 import logging
 import os
 import shutil
+import socket
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
@@ -16,15 +17,17 @@ from typing import TYPE_CHECKING, Any
 from .. import errors, paths
 from ..config import Settings
 from ..core.events import Down, Event, Progressed, Up
-from ..engines.base import Grant, Location, Plan, usable_cores
+from ..engines.base import ADDRESS, Grant, Location, Plan, Tcp, usable_cores
 from ..engines.registry import Registry
 from ..models.catalog import Catalog
+from ..models.engine import split as own_model
 from ..models.fetch import fetch
 from ..models.gguf import header as gguf_header
 from ..models.templates import described
 from ..spec import Extra, Spec, Wish
+from .address import TRIES, reserve
 from .logs import RotatingLog
-from .probe import UNPROBED, Pulse, wait_ready
+from .probe import UNPROBED, Pulse, ask, wait_ready
 from .process import EngineProcess, Exit, scrubbed_env
 from .prompts import PromptCache, identity
 
@@ -34,6 +37,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("llm_daemon")
 SOCKET = "engine.sock"
 KEEPER_DEATHS = 8  # in one start, before we say so: whoever kills keepers, it is no fault of the engine's
+LAST_REQUEST = 1.0  # seconds, see engines.base.Stop
 BEYOND = 4  # times the machine's memory: what no GPU beside it would make up for
 RESOLVED, RESOLVED_FOR = 256, 5.0  # wishes remembered, and seconds for which a name keeps its meaning
 
@@ -58,6 +62,7 @@ class Live:
     log: RotatingLog | None = None
     folder: str = ""
     prompts: str | None = None  # folder of what its conversations left
+    reserved: socket.socket | None = None  # a port, until its process takes it over
     ending: bool = False  # a failed or abandoned start clears up: too late to cancel it
 
 
@@ -123,7 +128,15 @@ class Supervisor:
         spec = self.catalog.resolve(wish)
         wish = spec.wish
         path = spec.artifact.locator if spec.artifact.source == "file" else None
-        adapter, _ = self.registry.choose(path, wish.engine or self.settings.default_engine, spec.special)
+        engine = wish.engine or self.settings.default_engine
+        if spec.artifact.source == "engine":
+            owner, path = own_model(spec.artifact.locator)
+            if wish.engine not in (None, owner):
+                raise errors.UsageError(
+                    f"{wish.model} is the engine {owner}'s own: {wish.engine} cannot load it", code="bad_spec"
+                )
+            engine = owner
+        adapter, _ = self.registry.choose(path, engine, spec.special)
         for args, code in ((wish.args, "bad_args"), (self._configured(adapter.name), "bad_config")):
             if args and (reason := adapter.refuse(args)):
                 raise errors.UsageError(reason, code=code)
@@ -148,14 +161,19 @@ class Supervisor:
     async def _start(self, instance: str, live: Live) -> None:
         error: errors.LlmDaemonError | None = None
         try:
-            for death in range(1, KEEPER_DEATHS + 1):  # whatever comes of it, Up or Down is said in the end
+            for attempt in range(1, KEEPER_DEATHS + 1):  # whatever comes of it, Up or Down is said in the end
                 try:
                     await self._bring_up(instance, live)
                     break
                 except errors.EngineError as e:
-                    if e.code not in ("keeper_died", "prompts_deadly") or death == KEEPER_DEATHS:
+                    on_tcp = live.plan is not None and isinstance(live.plan.address, Tcp)
+                    patience = {"keeper_died": KEEPER_DEATHS, "prompts_deadly": 2, ADDRESS: TRIES if on_tcp else 1}
+                    if attempt >= patience.get(e.code, 1):
                         raise
                     log.warning("%s starts again: %s", instance, e)
+                    if live.process is not None:  # another has its port, and it may still run
+                        live.process.kill_now()
+                        await live.process.wait()
                     live.process = None
                     self._cleared(live)
         except asyncio.CancelledError:
@@ -190,12 +208,16 @@ class Supervisor:
         spec = live.spec
         full = spec.full or spec.wish
         root = Path(paths.cache_dir())
-        path = await fetch(spec.artifact, root, progress)
+        path: Path | str
+        if spec.artifact.source == "engine":
+            path = own_model(spec.artifact.locator)[1]
+        else:
+            path = await fetch(spec.artifact, root, progress)
         beside = [(extra, str(await fetch(extra.artifact, root, progress))) for extra in spec.extras]
         adapter, where = self.registry.choose(str(path), full.engine, spec.special)
         name = adapter.name
         context = full.context or self.settings.context
-        about = await asyncio.to_thread(described, spec.artifact, path)
+        about = await asyncio.to_thread(described, spec.artifact, Path(path))
         if about.get("template_changed"):
             log.warning("%s: its chat template is not the one it was: `llm-daemon models show --template`", spec.model)
         if str(path).endswith(".gguf"):
@@ -211,10 +233,13 @@ class Supervisor:
                     code="too_large", hint="ask for a smaller context",
                 )  # fmt: skip
         progress({"phase": "load", "message": f"{name} loads {spec.model}"})
+        live.reserved = reserve()
+        host, port = live.reserved.getsockname()
         grant = Grant(
             model_path=str(path), alias=spec.model, socket=SOCKET, context=context,
             parallel=full.parallel or self.settings.parallel, threads=self._threads(), gpu_layers=full.gpu_layers,
-            args=(*self._configured(name), *full.args), mode=spec.mode, **loaded_beside(beside),
+            args=(*self._configured(name), *full.args), host=host, port=port, key=os.urandom(16).hex(),
+            mode=spec.mode, **loaded_beside(beside),
         )  # fmt: skip
         live.prompts = await asyncio.to_thread(self._prompts, [str(path), *(p for _, p in beside)], full, where, grant)
         grant = replace(grant, prompts=live.prompts)
@@ -232,6 +257,7 @@ class Supervisor:
                 live.process = await EngineProcess.start(
                     live.plan, folder=live.folder, env={**scrubbed_env(os.environ, self._generation), **user_env},
                     log=live.log, name=spec.model, on_exit=lambda exit: self._exited(instance, live, exit),
+                    reserved=live.reserved,
                 )  # fmt: skip
         except TimeoutError:  # its keeper was stopped, or its program's disk hangs
             raise errors.EngineTimeout(
@@ -241,7 +267,7 @@ class Supervisor:
         live.pulse = Pulse(live.process, live.plan.stall)
         said = lambda state: progress({"phase": "load", "message": state})  # noqa: E731
         await wait_ready(live.process, live.plan, adapter, said, live.pulse)
-        restoring = live.prompts is not None and live.plan.saved_slots > 0
+        restoring = live.plan.saved_slots > 0 and self.prompts.holds(live.prompts)
         if restoring:
             await self.prompts.restore(live.process, str(live.prompts), spec.model)
         if live.process.exit is not None:  # it answered and died before we were told
@@ -299,6 +325,10 @@ class Supervisor:
             live.stop = asyncio.create_task(self._stop(instance, live, live.process, force))
 
     async def _stop(self, instance: str, live: Live, process: EngineProcess, force: bool) -> None:
+        if (last := process.plan.stop.request) is not None and not force:
+            with suppress(Exception):  # whatever it answers: it is told to go next
+                async with asyncio.timeout(LAST_REQUEST):
+                    await ask(process, last, process.plan.headers)
         if not force and live.prompts and live.plan and live.plan.saved_slots:
             await self.prompts.save(process, live.prompts, live.plan.saved_slots, live.spec.model)
         await process.stop(force)
@@ -332,6 +362,9 @@ class Supervisor:
         )
 
     def _cleared(self, live: Live) -> None:
+        if live.reserved is not None:
+            live.reserved.close()
+            live.reserved = None
         if live.log is not None:
             live.log.close()
             live.log = None

@@ -1,11 +1,12 @@
-"""One call to an engine over its unix socket; closing the connection is what stops a generation.
+"""One call to an engine at its address (address.py); closing the connection is what stops a generation.
 
 Idle connections are kept for a moment, because a new one costs more than the rest of a relayed request.  A reused
 one may have been closed by the engine at that very time: then, if not one byte came back, the call is made once more
 on a fresh connection.
 
 An engine that `confirms` is told of a hang-up by half-closing the connection, and its own closing tells us that it has
-let go: only then its slot is free.  The others are closed at once.
+let go: only then its slot is free.  One that is `deaf` to hang-ups is waited for: it closes when it has said all.  The others
+are closed at once.
 """
 
 from __future__ import annotations
@@ -18,9 +19,11 @@ from time import monotonic
 from typing import Protocol, cast
 
 from ..errors import LlmDaemonError, RemoteProtocolError
+from .address import connect_tcp, tcp
 from .http1 import Answers, Head, ResponseReader
 
 LET_GO = 5.0  # seconds an engine that confirms may need to let go of a request; then its connection is torn down
+OUTLAST = 600.0  # seconds a deaf one may need for the rest of its answer
 _BACKLOG_WAIT = 5.0  # seconds to go on knocking while the engine's accept queue is full (cpp-httplib's holds 5)
 
 
@@ -43,11 +46,13 @@ class Sink(Protocol):
 class Call:
     """One request on its way; `abort` tells the engine at once, before it returns."""
 
-    __slots__ = ("_link", "_pool", "_task", "confirms", "may_switch", "message", "path", "sink", "started")
+    __slots__ = ("_link", "_pool", "_task", "confirms", "deaf", "may_switch", "message", "path", "sink", "started")
 
-    def __init__(self, pool: Pool, path: str, message: bytes, sink: Sink, confirms: bool, may_switch: bool) -> None:
+    def __init__(
+        self, pool: Pool, path: str, message: bytes, sink: Sink, confirms: bool, may_switch: bool, deaf: bool = False
+    ) -> None:
         self.path, self.message, self.sink, self._pool = path, message, sink, pool
-        self.confirms, self.may_switch = confirms, may_switch
+        self.confirms, self.may_switch, self.deaf = confirms, may_switch, deaf
         self.started = False  # a byte came back
         self._link: Link | None = None
         self._task: asyncio.Task[None] | None = None
@@ -57,13 +62,13 @@ class Call:
             self.connect()
 
     def abort(self, let_go: Callable[[], None] | None = None) -> None:
-        """`let_go` is called once, when the engine has: before this returns, or within LET_GO seconds."""
+        """`let_go` is called once, when the engine has: before this returns, or within LET_GO (OUTLAST) seconds."""
         task, link = self._task, self._link
         self.close()
         if task is not None:
             task.cancel()
-        if link is not None and let_go is not None and self.confirms:
-            link.leave(let_go)
+        if link is not None and let_go is not None and (self.confirms or self.deaf):
+            link.leave(let_go, self.deaf)
             return
         if link is not None:
             link.kill()
@@ -143,17 +148,18 @@ class Link(asyncio.Protocol):
         self.transport.abort()
         self._gone()
 
-    def leave(self, let_go: Callable[[], None]) -> None:
-        """Tells the engine that nobody waits any more, and `let_go` when it has closed its side."""
+    def leave(self, let_go: Callable[[], None], deaf: bool = False) -> None:
+        """Tells the engine that nobody waits any more (a `deaf` one nothing), and `let_go` when it has closed its side."""
         self._call, self._let_go = None, let_go
         if self._dead:
             self._gone()
             return
         self._pool.leaving.add(self)
-        with suppress(OSError):
-            self._sock.shutdown(socket.SHUT_WR)
+        if not deaf:
+            with suppress(OSError):
+                self._sock.shutdown(socket.SHUT_WR)
         self.transport.resume_reading()  # a slow client may have paused it: its end would not be seen
-        self._timer = asyncio.get_running_loop().call_later(LET_GO, self.kill)
+        self._timer = asyncio.get_running_loop().call_later(OUTLAST if deaf else LET_GO, self.kill)
 
     def _gone(self) -> None:
         self._pool.leaving.discard(self)
@@ -227,7 +233,7 @@ class Link(asyncio.Protocol):
 
 
 class Pool:
-    """Calls, and idle connections by socket path: at most `keep` for each, closed after about `idle` seconds."""
+    """Calls, and idle connections by address: at most `keep` for each, closed after about `idle` seconds."""
 
     def __init__(self, *, keep: int = 8, idle: float = 2.0) -> None:
         self._keep, self._idle_for = keep, idle
@@ -238,13 +244,16 @@ class Pool:
         self.leaving: set[Link] = set()  # told to let go of their last call
         self.speaking: set[str] = set()  # paths of engines that sent something since `heard` was asked
 
-    def call(self, path: str, message: bytes, sink: Sink, *, confirms: bool = False, may_switch: bool = False) -> Call:
-        """Sends `message` to the engine at the unix socket `path`; the sink hears of it later, never before this returns.
+    def call(
+        self, path: str, message: bytes, sink: Sink, *, confirms: bool = False, may_switch: bool = False, deaf: bool = False
+    ) -> Call:
+        """Sends `message` to the engine at the address `path`; the sink hears of it later, never before this returns.
 
-        `confirms`: the engine notices a half-closed connection and closes it when it has let go of the request.
+        `confirms`: the engine notices a half-closed connection and closes it when it has let go of the request.  `deaf`: it
+        notices nothing, and was asked to close the connection after its answer.
         `may_switch`: its answer may switch protocols; then `Call.write` sends more.
         """
-        call = Call(self, path, message, sink, confirms, may_switch)
+        call = Call(self, path, message, sink, confirms, may_switch, deaf)
         self.calls.add(call)
         return call
 
@@ -276,8 +285,14 @@ class Pool:
     async def link(self, path: str) -> Link:
         """A fresh connection.  Raises OSError."""
         loop = asyncio.get_running_loop()
-        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        if (place := tcp(path)) is not None:
+            sock = await connect_tcp(place)
+        else:
+            sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
+            if place is not None:
+                _, link = await loop.create_connection(lambda: Link(self, path, sock), sock=sock)
+                return link
             sock.setblocking(False)
             deadline = loop.time() + _BACKLOG_WAIT
             while True:

@@ -4,7 +4,7 @@ An adapter is data and pure functions: it opens no socket and starts no process.
 `locate` (in a worker thread, it may look at files), then `plan`, and does the rest: spawns the plan under a keeper,
 probes readiness on the plan's own address, reads the log, stops it by `stop`.
 
-A new engine is one file with one class and one entry point in the group `llm_daemon.engines`.
+A new engine is one file with one class and one entry point in the group `llm_daemon.engines`: docs/how-to/add-an-engine.md.
 """
 
 from __future__ import annotations
@@ -19,16 +19,24 @@ from ..spec import GENERATE, Spec
 
 @dataclass(frozen=True, slots=True)
 class Location:
-    """A runnable engine: `argv` is what comes before the flags (`["/usr/bin/llama-server"]`), `version` a short text."""
+    """A runnable engine: `argv` is what comes before the flags (`["/usr/bin/llama-server"]`), `version` a short text.
+
+    `warning` is what people should know of this version, a known vulnerability for instance; one that must not run at all
+    is a `Missing` instead.
+    """
 
     argv: tuple[str, ...]
     version: str
     origin: str  # where it was found, for people: "PATH", "wheel xllamacpp 2026.10", "config"
+    warning: str = ""
 
 
 @dataclass(frozen=True, slots=True)
 class Missing:
-    """Why an engine cannot run here, and the shell line (or sentence) that would change that."""
+    """Why an engine cannot run here, and the shell line (or sentence) that would change that.
+
+    The program is not installed, or the machine does not suit it: CPU features, C library, GPU.
+    """
 
     reason: str
     hint: str
@@ -38,10 +46,14 @@ class Missing:
 class Grant:
     """What the daemon gives one instance.
 
-    `model_path`: absolute path of the weights.  `alias`: the id the engine must answer to.  `socket`: name of the
-    unix socket to listen on, relative to the engine's working folder, which is fresh and private to this instance.
+    `model_path`: absolute path of the weights, a file or a folder; for a model that the engine has by itself (source
+    `engine`), its name, which does not begin with a slash, or nothing.  `alias`: the id the engine must answer to.
     `context`: tokens for each of `parallel` conversations.  `gpu_layers`: None means the engine's own choice.
     `threads`: CPU threads it may use.  `args`: the user's extra flags, already checked by `refuse`.
+
+    Two addresses, of which the plan takes one.  `socket`: name of a unix socket to listen on, relative to the engine's
+    working folder, which is fresh and private to this instance.  `host` and `port`: a loopback address that the daemon
+    keeps others from, for engines that cannot do that.  `key`: a secret of this instance, for engines that check one.
 
     The rest concerns only engines with such `options`: `mode`, one of spec.MODES; `draft` and `mmproj`, paths; `lora`, pairs
     of path and scale.  `prompts`: an absolute folder where it may keep what its slots hold (Plan.saved_slots); None: nowhere.
@@ -55,6 +67,9 @@ class Grant:
     threads: int
     gpu_layers: int | None = None
     args: tuple[str, ...] = ()
+    host: str = "127.0.0.1"
+    port: int = 0
+    key: str = ""
     mode: str = GENERATE
     draft: str | None = None
     mmproj: str | None = None
@@ -63,50 +78,93 @@ class Grant:
 
 
 @dataclass(frozen=True, slots=True)
+class Tcp:
+    """The address of an engine that listens on TCP: `Grant.host` and `Grant.port`, as it was told by its flags.
+
+    `rebinds`: it sets SO_REUSEADDR or SO_REUSEPORT before it binds, as Python's, Go's and llama.cpp's servers do.  Then the
+    daemon keeps the port reserved all the time; else it has to let go of it right before the start.
+    `told`: a pattern for the log of one that was told `--port 0` and says which port it took: the group is the port.
+    """
+
+    host: str
+    port: int
+    rebinds: bool = True
+    told: str = ""
+
+
+@dataclass(frozen=True, slots=True)
 class Probe:
-    """One readiness check over HTTP on the plan's address.
+    """One request to the engine itself: a GET, or with a `body` (JSON) a POST.  The plan's `headers` go with it.
 
     A status in `ready` means ready; in `loading`, not yet; any other is kept as a reason and counts as not yet.
-    A refused connection while the process lives means not yet.
+    A refused connection while the process lives means not yet, whenever the engine binds.
+    `guarded`: without the plan's headers it must answer 401 or 403, else it is not our engine.
     """
 
     path: str = "/health"
     ready: frozenset[int] = frozenset({200})
     loading: frozenset[int] = frozenset({503})
+    body: bytes = b""
+    guarded: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class Stop:
-    """After the daemon has cut its own connections: SIGTERM, `grace` seconds, SIGTERM again, `grace` seconds, SIGKILL."""
+    """After the daemon has cut its own connections: SIGTERM, `grace` seconds, SIGTERM again, `grace` seconds, SIGKILL.
+
+    Signals go to the engine's whole process group; at the end its whole tree is killed.  `request` goes first, for engines
+    that would wait for what still runs; a second is what it may take.
+    """
 
     grace: float = 2.0
+    request: Probe | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
     """How to run one instance.
 
-    `env` is added to the scrubbed environment.  `address` is the unix socket that it listens on (`Grant.socket`, relative
-    to the engine's working folder).  `slots`: requests it serves at once.  `stall` is how many seconds may pass while
-    loading or answering without a byte of log or answer, a change of state, disk reads or CPU time used, before it counts
-    as stuck (core/silence.py).
+    *Process.*  `env` is added to the environment, of which only paths, locale and device choice are left
+    (daemon/process.py, `scrubbed_env`): nothing has to be taken out.  `files`: small text files by name, made in the working
+    folder for the engine's user alone; a key may be in one of them or in `env`, never in `argv`, which everybody may read.
+    `address`: `Grant.socket`, or a `Tcp`.  `memory_bytes`: what it takes at most, where the adapter knows better than the
+    size of the weights tells.
 
-    `assembled`: routes whose plain answers the gateway asks for as streams, because the engine would notice a hang-up too
-    late otherwise (core/assemble.py).  `confirms_hangup`: it takes a half-closed connection for a hang-up, and closes its
-    side once it has let go of the request; without that, a hang-up closes the connection and the slot counts as free.
+    *Readiness.*  `probes` are asked in order until one is not answered by 404, 405 or 501: that one decides.  `warm_up` is
+    asked once after that, and readiness waits for its answer, for engines that say they are ready before they are.
+    `stall`: seconds that may pass while loading or answering without a byte of log or answer, a change of state, disk reads
+    or CPU time used, before it counts as stuck (core/silence.py).
 
-    `saved_slots`: how many slots write what they hold into `Grant.prompts`, and read it again, on
+    *Requests.*  `slots`: requests it serves at once.  `routes`: public routes it answers with this model, None for all those of
+    the adapter.  `served_id`: the engine insists on this id in a request's `model`, so the gateway writes it there.  `drop`:
+    fields of a request that it must not see.  `paths`: its own path for a public route.  `headers` go with every request.
+
+    *Hang-ups.*  `assembled`: routes whose plain answers the gateway asks for as streams, because the engine would notice a
+    hang-up too late otherwise (core/assemble.py).  `deaf`: routes whose plain answers it computes to their end in any case:
+    the slot stays taken until then.  `confirms_hangup`: it takes a half-closed connection for a hang-up, and closes its side
+    once it has let go of the request; without that, a hang-up closes the connection and the slot counts as free.
+
+    *Conversations.*  `saved_slots`: how many slots write what they hold into `Grant.prompts`, and read it again, on
     `POST /slots/N?action=save` and `restore` with a `filename` (llama.cpp, tools/server/README.md).
     """
 
     argv: tuple[str, ...]
-    address: str
+    address: str | Tcp
     env: Mapping[str, str] = field(default_factory=dict)
-    probe: Probe = field(default_factory=Probe)
+    files: Mapping[str, str] = field(default_factory=dict)
+    memory_bytes: int | None = None
+    probes: tuple[Probe, ...] = (Probe(),)
+    warm_up: Probe | None = None
     stop: Stop = field(default_factory=Stop)
-    slots: int = 1
     stall: float = 120.0
+    slots: int = 1
+    routes: frozenset[str] | None = None
+    served_id: str | None = None
+    drop: frozenset[str] = frozenset()
+    paths: Mapping[str, str] = field(default_factory=dict)
+    headers: tuple[tuple[str, str], ...] = ()
     assembled: frozenset[str] = frozenset()
+    deaf: frozenset[str] = frozenset()
     confirms_hangup: bool = False
     saved_slots: int = 0
 
@@ -131,7 +189,7 @@ class Adapter(Protocol):
 
     name: str
     license: str
-    # Public routes this engine answers, e.g. "/v1/chat/completions".
+    # Public routes this engine answers, e.g. "/v1/chat/completions": with a model of the right kind.
     routes: frozenset[str]
 
     def locate(self, config: Mapping[str, Any]) -> Location | Missing:
@@ -139,7 +197,7 @@ class Adapter(Protocol):
         ...
 
     def accepts(self, path: str) -> str | None:
-        """None if this engine can load the file at `path` (looked at by name and first bytes), else the reason."""
+        """None if this engine can load `path` (see Grant.model_path; looked at by name and first bytes), else the reason."""
         ...
 
     def refuse(self, args: Sequence[str]) -> str | None:

@@ -1,4 +1,4 @@
-"""Which engines there are: entry points of the group `llm_daemon.engines`, and `[engines.NAME] adapter = "module:Class"`."""
+"""Which engines there are: entry points of the group `llm_daemon.engines`, and `[engines.NAME]` with `command` or `adapter`."""
 
 from __future__ import annotations
 
@@ -38,8 +38,8 @@ class Registry:
             except Exception as e:
                 self.broken[point.name] = f"{type(e).__name__}: {e}"
         for name, table in config.items():
-            if target := table.get("adapter"):
-                self._adapters[name] = _load(name, str(target))
+            if (made := configured(name, table)) is not None:
+                self._adapters[name] = made
                 self.broken.pop(name, None)
         first = [name for name in preference if name in self._adapters]
         self.names: tuple[str, ...] = (*first, *sorted(set(self._adapters) - set(first)))
@@ -106,6 +106,15 @@ class Registry:
         if not refused:
             raise EngineError("no engine is installed", code="engine_missing", hint='pip install "llm-daemon[llamacpp]"')
         raise UsageError(f"no engine can load {path} ({'; '.join(refused)})", code="bad_model")
+
+
+def configured(name: str, table: Mapping[str, Any]) -> Adapter | None:
+    """The adapter that a table of the configuration describes (`command`) or names (`adapter`); None if it does neither."""
+    if "command" in table:
+        from .command import Command
+
+        return Command(name, table)
+    return _load(name, str(target)) if (target := table.get("adapter")) else None
 
 
 def _load(name: str, target: str) -> Adapter:

@@ -165,12 +165,11 @@ class Catalog:
         for option in FILES:
             if not (given := getattr(wish, option)):
                 continue
-            texts, found = [], given if option == "lora" else (given,)
-            for text in found:
-                extra, name = self._extra(option, text)
-                extras.append(extra)
-                texts.append(name)
-            wish = replace(wish, **{option: tuple(texts) if option == "lora" else texts[0]})
+            found = [self._extra(option, text) for text in (given if option == "lora" else (given,))]
+            extras += [extra for extra, _ in found]
+            names = tuple(name for _, name in found)
+            change: dict[str, Any] = {option: names if option == "lora" else names[0]}
+            wish = replace(wish, **change)
         return replace(spec, wish=wish, extras=tuple(extras))
 
     def _extra(self, option: str, text: str) -> tuple[Extra, str]:

@@ -11,7 +11,7 @@ from ..errors import UsageError
 from ..spec import Artifact
 from .delivery import Delivery
 
-SOURCES = {"file": "file", "pypi": "pypi", "hf": "hf", "https": "url", "http": "url"}
+SOURCES = {"file": "file", "engine": "engine", "pypi": "pypi", "hf": "hf", "https": "url", "http": "url"}
 
 # Sources people know from elsewhere, and how to get such a model here today.
 _ELSEWHERE = {

@@ -63,7 +63,7 @@ class Store:
     def path(self, artifact: Artifact) -> Path | None:
         """The weights, if they are here and whole (by size; their hash was checked when they came)."""
         if artifact.source == "file":
-            return path if (path := Path(artifact.locator)).is_file() else None
+            return path if (path := Path(artifact.locator)).exists() else None
         stored = self._read(self.folder(artifact))
         return self.folder(artifact) / stored.file if stored else None
 
@@ -74,7 +74,9 @@ class Store:
     def size(self, artifact: Artifact) -> int | None:
         """The bytes of all its weights, if they are here."""
         if artifact.source == "file":
-            return sum(part.stat().st_size for part in _parts(path)) if (path := self.path(artifact)) else None
+            if (path := self.path(artifact)) is None:
+                return None
+            return sum(part.stat().st_size for part in _parts(path)) if path.is_file() else artifact.size
         stored = self._read(self.folder(artifact))
         return stored.size if stored else None
 

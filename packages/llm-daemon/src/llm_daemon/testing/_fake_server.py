@@ -17,7 +17,10 @@ from collections.abc import Iterator
 from typing import Any
 
 STREAM_HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\nServer: fake\r\n\r\n"
-REASONS = {200: "OK", 404: "Not Found", 429: "Too Many Requests", 500: "Internal Server Error", 503: "Service Unavailable"}
+REASONS = {
+    200: "OK", 401: "Unauthorized", 404: "Not Found", 429: "Too Many Requests", 500: "Internal Server Error",
+    503: "Service Unavailable",
+}  # fmt: skip
 GRANDCHILD = """
 import os, signal
 os.write(2, b"grandchild %d\\n" % os.getpid())
@@ -29,7 +32,9 @@ BY_DEFAULT = ["Hello", " from", " the", " fake", " engine", "."]
 
 class Server:
     def __init__(self, scenario: dict[str, Any], options: dict[str, str]) -> None:
-        self.scenario, self.alias, self.path = scenario, options["--alias"], options["--socket"]
+        self.scenario, self.alias, self.path = scenario, options["--alias"], options.get("--socket", "")
+        self.place = options.get("--host", ""), int(options.get("--port", "0"))
+        self.key = os.environ.get("FAKE_ENGINE_KEY", "")
         self.slots = threading.Semaphore(int(options.get("--slots", "1")))
         self.ready = False
         self.stuck = False
@@ -44,7 +49,11 @@ class Server:
         signal.signal(signal.SIGTERM, self.on_sigterm)
         if self.scenario.get("grandchild"):
             self.leave_grandchild()
-        if self.scenario.get("while_loading", "503") == "refuse":
+        way = self.scenario.get("while_loading", "503")
+        if way == "ready":  # it says so, and loads at its first request
+            self.listen()
+            self.ready = True
+        elif way == "refuse":
             self.load()
             self.ready = True  # first: who can connect is served
             self.listen()
@@ -76,14 +85,21 @@ class Server:
             os.kill(os.getpid(), number)
 
     def listen(self) -> None:
-        sock = socket.socket(socket.AF_UNIX)
+        sock = socket.socket(socket.AF_UNIX if self.path else socket.AF_INET)
         try:
-            sock.bind(self.path)
+            if self.path:
+                sock.bind(self.path)
+            else:
+                if self.scenario.get("tcp") != "no reuse":
+                    sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                sock.bind(self.place)
         except OSError as e:
-            os.write(2, f"error: address in use: {self.path}: {e.strerror}\n".encode())
+            os.write(2, f"error: address in use: {self.path or self.place}: {e.strerror}\n".encode())
+            while self.scenario.get("port_taken") == "hang":
+                signal.pause()
             os._exit(1)
         sock.listen(64)
-        self.log("listening")
+        self.log("listening" if self.path else "listening on http://{}:{}".format(*sock.getsockname()))
         threading.Thread(target=self.accept, args=(sock,), daemon=True).start()
 
     def accept(self, sock: socket.socket) -> None:
@@ -128,7 +144,10 @@ class Server:
                         key, _, value = line.decode().partition(":")
                         headers[key.lower()] = value.strip()
                     body = file.read(int(headers.get("content-length", "0")))
-                    self.answer(client, method, path.partition("?")[0], body)
+                    if self.key and headers.get("authorization") != f"Bearer {self.key}":
+                        self.send(client, 401, {"error": {"code": 401, "message": "no key", "type": "authentication_error"}})
+                    else:
+                        self.answer(client, method, path.partition("?")[0], body)
                     if headers.get("connection", "").lower() == "close":
                         return
             except (ConnectionError, ValueError):
@@ -144,6 +163,8 @@ class Server:
                 self.count += 1
                 number = self.count
             self.log(f"request {number} begin {path}")
+            if self.scenario.get("while_loading") == "ready" and number == 1:
+                self.load()
             try:
                 self.post(client, path, json.loads(body or b"{}"), number)
             except (BrokenPipeError, ConnectionResetError):
@@ -164,7 +185,11 @@ class Server:
             self.send(client, 404, {"error": {"code": 404, "message": "File Not Found", "type": "not_found_error"}})
 
     def post(self, client: socket.socket, path: str, request: dict[str, Any], number: int) -> None:
-        if status := self.scenario.get("error_status"):
+        only = self.scenario.get("routes")
+        strange = self.scenario.get("strict_model") and request.get("model") != self.alias
+        if strange or (only is not None and path not in only):
+            self.send(client, 404, {"error": {"code": 404, "message": "no such route or model", "type": "not_found_error"}})
+        elif status := self.scenario.get("error_status"):
             self.send(client, status, {"error": {"code": status, "message": "as the scenario wants", "type": "server_error"}})
         elif path == "/v1/embeddings":
             texts, _usage = request.get("input", ""), {"prompt_tokens": 1, "total_tokens": 1}

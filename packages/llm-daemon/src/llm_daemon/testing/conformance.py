@@ -7,95 +7,46 @@
         def model_path(self) -> str:
             return "/models/small.gguf"
 
-Real processes are started, with one thread each; a test is skipped, with the reason, where the engine is not installed.
-Needs the fixtures of `plugin.py`.
+For one that the configuration describes, `adapter` is its name and `config` its table with `command`.
+
+Real processes are started, with one thread each; a test is skipped, with the reason, where the engine is not installed, or
+where its plan does not declare what the test is about: an engine without chat is not asked to chat.  Needs the fixtures of
+`plugin.py`.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import http.client
-import importlib
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
 import sys
 import time
 from collections.abc import AsyncIterator, Callable, Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from ..daemon import hangup
+from ..daemon.address import reserve
 from ..daemon.logs import RotatingLog
 from ..daemon.probe import wait_ready
 from ..daemon.process import EngineProcess, Exit, scrubbed_env
-from ..engines.base import ADDRESS, Adapter, Grant, Location, Plan
+from ..engines.base import ADDRESS, Grant, Location, Plan, Tcp
 from ..errors import LlmDaemonError
 from ..spec import Artifact, Spec, Wish
 from .plugin import survivors
-
-
-class UnixConnection(http.client.HTTPConnection):
-    """http.client over a unix socket; blocking, so use it in a thread."""
-
-    def __init__(self, path: str, timeout: float = 60.0) -> None:
-        super().__init__("localhost", timeout=timeout)
-        self.path = path
-
-    def connect(self) -> None:
-        self.sock = socket.socket(socket.AF_UNIX)
-        self.sock.settimeout(self.timeout)
-        self.sock.connect(self.path)
-
-
-def call(path: str, route: str, body: object = None) -> tuple[int, Any]:
-    """One request to a unix socket: status, and the JSON of the answer (None if it is not JSON)."""
-    with contextlib.closing(UnixConnection(path)) as connection:
-        data = None if body is None else json.dumps(body)
-        connection.request("GET" if data is None else "POST", route, data, {"Content-Type": "application/json"})
-        response = connection.getresponse()
-        text = response.read()
-    try:
-        return response.status, json.loads(text)
-    except ValueError:
-        return response.status, None
+from .running import ALIAS, CHAT, COMPLETIONS, EMBEDDINGS, Running
+from .stand_in import make_adapter
 
 
 def read(path: str) -> bytes:
     return Path(path).read_bytes()
-
-
-@dataclass
-class Running:
-    """One started engine, for tests."""
-
-    process: EngineProcess
-    plan: Plan
-    exits: list[Exit] = field(default_factory=list)
-
-    async def call(self, route: str, body: object = None) -> tuple[int, Any]:
-        return await asyncio.to_thread(call, self.process.socket, route, body)
-
-    async def stream(
-        self, body: Mapping[str, object], route: str = "/v1/chat/completions"
-    ) -> tuple[UnixConnection, http.client.HTTPResponse]:
-        """An open stream whose first event has arrived; closing the connection is the hang-up."""
-
-        def begin() -> tuple[UnixConnection, http.client.HTTPResponse]:
-            connection = UnixConnection(self.process.socket)
-            connection.request("POST", route, json.dumps({**body, "stream": True}), {"Content-Type": "application/json"})
-            response = connection.getresponse()
-            assert response.status == 200, response.read()
-            assert response.readline().startswith(b"data: ")
-            return connection, response
-
-        return await asyncio.to_thread(begin)
 
 
 class EngineConformance:
@@ -112,44 +63,67 @@ class EngineConformance:
     short_request: Mapping[str, Any] = {"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 1}
 
     natural = 3.0  # seconds that requests live whose hang-up is measured, if nobody stops them
+    patience = 1.0  # seconds from a hang-up until one token of the next request
 
     @pytest.fixture
     def model_path(self) -> str:
         raise NotImplementedError("say which model to load")
 
     @pytest.fixture
-    def broken_model(self, model_path: str, tmp_path: Path) -> tuple[str, str]:
-        """A model file that passes `accepts` and cannot be loaded, and a word that the engine's own complaint has in it."""
+    def broken_model(self, model_path: str, tmp_path: Path) -> tuple[str, str] | None:
+        """A model that passes `accepts` and cannot be loaded, and a word that the engine's own complaint has in it.
+
+        None for an engine that has its only model inside.
+        """
+        if os.path.isdir(model_path):
+            path = Path(shutil.copytree(model_path, tmp_path / "broken"))
+            whole = max(path.iterdir(), key=lambda file: file.stat().st_size)
+            os.truncate(whole, whole.stat().st_size // 2)
+            return str(path), ""
         path = tmp_path / ("broken" + os.path.splitext(model_path)[1])
-        with open(model_path, "rb") as whole:
-            path.write_bytes(whole.read(os.path.getsize(model_path) // 2))
+        with open(model_path, "rb") as file:
+            path.write_bytes(file.read(os.path.getsize(model_path) // 2))
         return str(path), "load"
 
     @pytest.fixture(autouse=True)
     def _setting(self, tmp_path: Path, generation: str, monkeypatch: pytest.MonkeyPatch) -> None:
-        module, _, name = self.adapter.partition(":")
-        self.engine: Adapter = getattr(importlib.import_module(module), name)()
+        self.engine = make_adapter(self.adapter, self.config)
+        self.places: dict[str, tuple[str, int]] = {}  # TCP addresses by folder
         where = self.engine.locate(self.config)
         if not isinstance(where, Location):
             pytest.skip(f"{self.engine.name}: {where.reason} ({where.hint})")
         self.where, self.folder, self.generation = where, tmp_path, generation
         monkeypatch.setenv("OPENAI_API_KEY", "a-secret-of-the-user")
 
-    def planned(self, model: str, *, parallel: int = 1, alias: str = "the-alias") -> Plan:
-        grant = Grant(model, alias, "e.sock", context=1024, parallel=parallel, threads=1)
+    def planned(self, model: str, *, parallel: int = 1, alias: str = ALIAS, place: tuple[str, int] = ("127.0.0.1", 0)) -> Plan:
+        grant = Grant(
+            model, alias, "e.sock", context=1024, parallel=parallel, threads=1, host=place[0], port=place[1], key="a-key-of-ours"
+        )
         return self.engine.plan(Spec(Wish(model), Artifact("file", model, model)), self.where, grant)
 
+    def needs(self, model: str, *routes: str) -> Plan:
+        """Skips the test of an engine that does not serve these."""
+        plan = self.planned(model)
+        served = self.engine.routes if plan.routes is None else plan.routes
+        if lacking := [route for route in routes if route not in served]:
+            pytest.skip(f"{self.engine.name} does not serve {', '.join(lacking)}")
+        return plan
+
     async def start(self, model: str, folder: str = "a", **options: Any) -> Running:
-        plan = self.planned(model, **options)
-        exits: list[Exit] = []
-        process = await EngineProcess.start(
-            plan,
-            folder=str(self.folder / folder),
-            env=scrubbed_env(os.environ, self.generation),
-            log=RotatingLog(str(self.folder / f"{folder}.log")),
-            name=self.engine.name,
-            on_exit=exits.append,
-        )
+        """A second start in a folder has the first one's address, without a reservation of its own."""
+        with reserve() as fresh:
+            reserved = fresh if folder not in self.places else None
+            plan = self.planned(model, place=self.places.setdefault(folder, fresh.getsockname()), **options)
+            exits: list[Exit] = []
+            process = await EngineProcess.start(
+                plan,
+                folder=str(self.folder / folder),
+                env=scrubbed_env(os.environ, self.generation),
+                log=RotatingLog(str(self.folder / f"{folder}.log")),
+                name=self.engine.name,
+                on_exit=exits.append,
+                reserved=reserved,
+            )
         return Running(process, plan, exits)
 
     @contextlib.asynccontextmanager
@@ -167,16 +141,24 @@ class EngineConformance:
 
     # -- start --
 
+    def asked(self, model: str) -> tuple[str, Mapping[str, Any]]:
+        """The shortest thing to ask of it."""
+        served = self.planned(model).routes or self.engine.routes
+        return (CHAT, self.short_request) if CHAT in served else (EMBEDDINGS, {"input": "Hi"})
+
     def test_ready_then_answers_in_its_alias(self, model_path: str) -> None:
         async def main() -> None:
+            route, request = self.asked(model_path)
             async with self.running(model_path) as engine:
-                status, answer = await engine.call("/v1/chat/completions", self.short_request)
+                status, answer = await engine.call(route, request)
                 assert status == 200, answer
-                assert answer["model"] == "the-alias"
-                assert answer["choices"][0]["message"]["role"] == "assistant"
-                assert answer["usage"]["completion_tokens"] == 1
+                assert answer["model"] == engine.model
+                if route == CHAT:
+                    assert answer["choices"][0]["message"]["role"] == "assistant"
+                    assert answer["usage"]["completion_tokens"] == 1
                 status, models = await engine.call("/v1/models")
-                assert "the-alias" in [model["id"] for model in models["data"]]
+                if status != 404:
+                    assert engine.model in [model["id"] for model in models["data"]]
 
         asyncio.run(main())
 
@@ -191,6 +173,10 @@ class EngineConformance:
         asyncio.run(main())
 
     def test_second_start_on_the_same_address_fails_soon(self, model_path: str) -> None:
+        address = self.planned(model_path).address
+        if isinstance(address, Tcp) and address.told:
+            pytest.skip("it chooses its address itself")
+
         async def main() -> None:
             async with self.running(model_path), self.running(model_path, ready=False) as second:
                 began = time.monotonic()
@@ -201,7 +187,26 @@ class EngineConformance:
 
         asyncio.run(main())
 
+    def test_a_stranger_at_its_port_is_never_taken_for_it(self, model_path: str) -> None:
+        address = self.planned(model_path).address
+        if not isinstance(address, Tcp) or address.told:
+            pytest.skip("it does not listen on a port that was chosen for it")
+
+        async def main() -> None:
+            with reserve() as stranger:
+                self.places["a"] = stranger.getsockname()
+                stranger.listen()
+                async with self.running(model_path, ready=False) as engine:
+                    with pytest.raises(LlmDaemonError, match=r"answers in place of|did not start") as caught:
+                        await wait_ready(engine.process, engine.plan, self.engine)
+                    assert caught.value.code == ADDRESS, caught.value.full()
+
+        asyncio.run(main())
+
     def test_stale_socket_file_is_named_or_overcome(self, model_path: str) -> None:
+        if isinstance(self.planned(model_path).address, Tcp):
+            pytest.skip("it listens on TCP")
+
         async def main() -> None:
             (self.folder / "a").mkdir()
             with socket.socket(socket.AF_UNIX) as stale:
@@ -214,7 +219,10 @@ class EngineConformance:
 
         asyncio.run(main())
 
-    def test_broken_model_is_reported_in_the_engines_own_words(self, broken_model: tuple[str, str]) -> None:
+    def test_broken_model_is_reported_in_the_engines_own_words(self, broken_model: tuple[str, str] | None) -> None:
+        if broken_model is None:
+            pytest.skip("its model is inside")
+
         async def main() -> None:
             path, word = broken_model
             assert self.engine.accepts(path) is None
@@ -232,9 +240,11 @@ class EngineConformance:
 
     def test_two_at_once(self, model_path: str) -> None:
         async def main() -> None:
+            route, request = self.asked(model_path)
             async with self.running(model_path, "a") as one, self.running(model_path, "b", alias="other") as two:
-                answers = await asyncio.gather(*(e.call("/v1/chat/completions", self.short_request) for e in (one, two)))
-                assert [answer["model"] for _, answer in answers] == ["the-alias", "other"]
+                asked = [{"model": plan.served_id or alias} for plan, alias in ((one.plan, ALIAS), (two.plan, "other"))]
+                answers = await asyncio.gather(*(e.call(route, {**request, **a}) for e, a in zip((one, two), asked, strict=True)))
+                assert [{"model": answer["model"]} for _, answer in answers] == asked
 
         asyncio.run(main())
 
@@ -245,33 +255,74 @@ class EngineConformance:
                     assert b"a-secret-of-the-user" not in read(f"/proc/{engine.process.pid}/{name}")
                 secrets = [v for k, v in engine.plan.env.items() if "KEY" in k or "TOKEN" in k]
                 assert not set(secrets) & set(engine.plan.argv)
+                assert "a-key-of-ours" not in " ".join(engine.plan.argv)
+
+        asyncio.run(main())
+
+    def test_its_key_is_needed(self, model_path: str) -> None:
+        if not self.planned(model_path).headers:
+            pytest.skip("it has no key")
+
+        async def main() -> None:
+            route, request = self.asked(model_path)
+            async with self.running(model_path) as engine:
+                assert (await engine.call(route, request, keyed=False))[0] in (401, 403)
+                assert (await engine.call(route, request))[0] == 200
 
         asyncio.run(main())
 
     # -- requests --
 
     def test_declared_routes_exist(self, model_path: str) -> None:
+        """501 is for a route that wants another kind of model; a plan that names its routes has none of those."""
+
         async def main() -> None:
             async with self.running(model_path) as engine:
-                for route in sorted(self.engine.routes):
+                given = engine.plan.routes
+                lacking = (404, 405) if given is None else (404, 405, 501)
+                for route in sorted(self.engine.routes if given is None else given):
                     status, answer = await engine.call(
-                        route, {"prompt": "", "messages": [], "content": "", "max_tokens": 1, "n_predict": 1}
+                        route, {"prompt": "", "messages": [], "content": "", "input": "", "max_tokens": 1, "n_predict": 1}
                     )
-                    assert status != 404, (route, answer)
-                assert (await engine.call("/no/such/route", {}))[0] == 404
+                    assert status not in lacking, (route, answer)
+                assert (await engine.call("/no/such/route", {}))[0] in (404, 405, 501)
 
         asyncio.run(main())
 
     def test_completion(self, model_path: str) -> None:
+        self.needs(model_path, COMPLETIONS)
+
         async def main() -> None:
             async with self.running(model_path) as engine:
-                status, answer = await engine.call("/v1/completions", {"prompt": "Once upon", "max_tokens": 2})
+                status, answer = await engine.call(COMPLETIONS, {"prompt": "Once upon", "max_tokens": 2})
                 assert status == 200, answer
                 assert answer["choices"][0]["text"]
 
         asyncio.run(main())
 
+    def test_embeddings(self, model_path: str) -> None:
+        self.needs(model_path, EMBEDDINGS)
+
+        async def main() -> None:
+            async with self.running(model_path) as engine:
+                status, answer = await engine.call(EMBEDDINGS, {"input": ["a river", "a river", "the law of taxes"]})
+                if status == 501 and engine.plan.routes is None:
+                    pytest.skip("this model has no embeddings")
+                assert status == 200, answer
+                assert [item["index"] for item in answer["data"]] == [0, 1, 2]
+                one, same, other = (item["embedding"] for item in answer["data"])
+                assert one == pytest.approx(same, abs=1e-3)
+                assert len(one) == len(other) > 1
+                assert one != pytest.approx(other, abs=1e-3)
+                status, single = await engine.call(EMBEDDINGS, {"input": "a river"})
+                assert status == 200, single
+                assert single["data"][0]["embedding"] == pytest.approx(one, abs=1e-2)
+
+        asyncio.run(main())
+
     def test_stream_is_events_and_ends_in_done(self, model_path: str) -> None:
+        self.needs(model_path, CHAT)
+
         async def main() -> None:
             async with self.running(model_path) as engine:
                 connection, response = await engine.stream({**self.short_request, "max_tokens": 4})
@@ -287,21 +338,26 @@ class EngineConformance:
         asyncio.run(main())
 
     def test_hang_up_frees_the_slot(self, model_path: str) -> None:
+        self.needs(model_path, CHAT)
+
         async def main() -> None:
             async with self.running(model_path) as engine:
                 connection, response = await engine.stream(self.long_request)
                 began = time.monotonic()
                 response.close()
                 connection.close()
-                status, _ = await engine.call("/v1/chat/completions", self.short_request)
+                status, _ = await engine.call(CHAT, self.short_request)
                 assert status == 200
-                assert time.monotonic() - began < 1.0
+                assert time.monotonic() - began < self.patience
 
         asyncio.run(main())
 
     @pytest.mark.parametrize("slots", [1, 2])
     def test_hang_up_to_slot_free(self, model_path: str, slots: int, record_property: Callable[[str, object], None]) -> None:
         """What an engine declares of hang-ups holds, alone and beside a stream; how long each took is recorded."""
+        self.needs(model_path, CHAT)
+        if self.planned(model_path, parallel=slots).slots < slots:
+            pytest.skip("it serves one at a time")
 
         async def main() -> tuple[Plan, dict[str, hangup.HangUps]]:
             async with self.running(model_path, parallel=slots) as engine:
@@ -331,6 +387,8 @@ class EngineConformance:
         asyncio.run(main())
 
     def test_stop_busy(self, model_path: str) -> None:
+        self.needs(model_path, CHAT)
+
         async def main() -> None:
             async with self.running(model_path) as engine:
                 connection, response = await engine.stream(self.long_request)

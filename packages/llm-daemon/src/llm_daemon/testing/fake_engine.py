@@ -4,7 +4,13 @@ In a daemon: `[engines.fake] adapter = "llm_daemon.testing.fake_engine:FakeEngin
 
 | key | meaning |
 | --- | --- |
-| `load_seconds`, `while_loading` | loads that long; meanwhile answers `"503"` (default) or does not listen (`"refuse"`) |
+| `load_seconds`, `while_loading` | loads that long; meanwhile answers `"503"` (default) or does not listen (`"refuse"`); \
+`"ready"`: says it is ready and loads in its first request |
+| `tcp` | listens on TCP: `true`; `"no reuse"`: without a reuse option; `"port 0"`: at a port that it chooses and tells |
+| `port_taken` | `"hang"`: says so and lives on when its address is taken |
+| `guarded` | wants a key with each request |
+| `strict_model` | answers 404 to a request whose `model` is not its alias |
+| `routes` | list of the only POST routes that it has |
 | `silent` | writes no log while loading and serving |
 | `load_noise_ms` | a log line every so often while it loads |
 | `load_burns_cpu` | computes all the time while it loads |
@@ -18,7 +24,8 @@ In a daemon: `[engines.fake] adapter = "llm_daemon.testing.fake_engine:FakeEngin
 | `crash_after_tokens` | dies by SIGABRT when a request has had that many |
 | `stuck_after_tokens` | a request that has had that many waits for ever; health stays fine |
 | `stuck_once` | path of a file that the first process to get stuck makes: no later one does |
-| `ignores_disconnect` | goes on for clients that hung up: `true`, or `"nonstream"` as llama-server under load |
+| `ignores_disconnect` | goes on for clients that hung up: `true`, or `"nonstream"` as llama-server under load; \
+`"deaf"` is the same, and the plan says so instead of asking for streams |
 | `ignore_sigterm` | only SIGKILL ends it |
 | `stop_seconds` | SIGTERM ends it only after that long; a second SIGTERM at once, with status 1 |
 | `grandchild` | leaves its tree with a double-forked, setsid'ed process that ignores SIGTERM; `"scrubbed"`: without environment |
@@ -38,7 +45,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ..engines.base import ADDRESS, BAD_MODEL, CRASHED, OUT_OF_MEMORY, Grant, Location, Missing, Plan, Stop
+from ..engines.base import ADDRESS, BAD_MODEL, CRASHED, OUT_OF_MEMORY, Grant, Location, Missing, Plan, Probe, Stop, Tcp
 from ..spec import Spec
 
 SERVER = os.path.join(os.path.dirname(os.path.abspath(__file__)), "_fake_server.py")
@@ -69,11 +76,17 @@ class FakeEngine:
         return next((f"{arg} is not passed on: the daemon owns it" for arg in args if arg in ("--socket", "--alias")), None)
 
     def plan(self, spec: Spec, where: Location, grant: Grant) -> Plan:
+        with open(grant.model_path) as f:
+            scenario = json.load(f)
+        way = scenario.get("tcp")
+        address: str | Tcp = grant.socket
+        if way:
+            told = r"listening on http://[\d.]+:(\d+)" if way == "port 0" else ""
+            address = Tcp(grant.host, 0 if told else grant.port, rebinds=way != "no reuse", told=told)
         argv = (
             *where.argv,
             grant.model_path,
-            "--socket",
-            grant.socket,
+            *(("--host", address.host, "--port", str(address.port)) if isinstance(address, Tcp) else ("--socket", address)),
             "--alias",
             grant.alias,
             "--slots",
@@ -82,13 +95,17 @@ class FakeEngine:
             str(grant.context),
             *grant.args,
         )
-        with open(grant.model_path) as f:
-            scenario = json.load(f)
-        late = scenario.get("ignores_disconnect")
+        late, guarded = scenario.get("ignores_disconnect"), bool(scenario.get("guarded"))
+        chat = Probe("/v1/completions", body=json.dumps({"model": grant.alias, "prompt": "Hi", "max_tokens": 1}).encode())
+        only = scenario.get("routes")
         return Plan(
-            argv, grant.socket, slots=grant.parallel, stall=scenario.get("stall", self.stall),
+            argv, address, slots=grant.parallel, stall=scenario.get("stall", self.stall),
+            env={"FAKE_ENGINE_KEY": grant.key} if guarded else {},
+            headers=(("Authorization", f"Bearer {grant.key}"),) if guarded else (),
+            probes=(Probe(guarded=guarded),), warm_up=chat if scenario.get("while_loading") == "ready" else None,
             stop=Stop(scenario.get("grace", self.grace)), assembled=STREAMS if late == "nonstream" else frozenset(),
-            confirms_hangup=late is not True,
+            deaf=STREAMS if late == "deaf" else frozenset(), confirms_hangup=late is not True,
+            served_id=grant.alias if scenario.get("strict_model") else None, routes=None if only is None else frozenset(only),
         )  # fmt: skip
 
     def diagnose(self, exit_status: int | None, last_words: str) -> tuple[str, str]:

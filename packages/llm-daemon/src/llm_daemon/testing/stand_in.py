@@ -9,28 +9,39 @@ Prints `starting`, `started KEEPER ENGINE`, then `ready`.
 from __future__ import annotations
 
 import asyncio
-import importlib
 import json
 import os
 import signal
 import sys
+from collections.abc import Mapping
 from typing import Any
 
 from ..daemon import cgroup
+from ..daemon.address import reserve
 from ..daemon.logs import RotatingLog
 from ..daemon.probe import wait_ready
 from ..daemon.process import EngineProcess, scrubbed_env
-from ..engines.base import Grant, Location
+from ..engines.base import Adapter, Grant, Location
+from ..engines.registry import configured
 from ..spec import Artifact, Spec, Wish
 
 
+def make_adapter(target: str, config: Mapping[str, Any]) -> Adapter:
+    """The adapter "module:Class"; or the one called `target`, if `config` describes it by `command`."""
+    adapter = configured(target, config if "command" in config else {"adapter": target})
+    assert adapter is not None
+    return adapter
+
+
 async def serve(task: dict[str, Any]) -> None:
-    module, _, name = task["adapter"].partition(":")
-    adapter = getattr(importlib.import_module(module), name)()
+    adapter = make_adapter(task["adapter"], task.get("config", {}))
     where = adapter.locate(task.get("config", {}))
     assert isinstance(where, Location), where
     model = task["model"]
-    grant = Grant(model, "stand-in", "e.sock", context=512, parallel=task.get("parallel", 1), threads=1)
+    reserved = reserve()
+    host, port = reserved.getsockname()
+    parallel = task.get("parallel", 1)
+    grant = Grant(model, "stand-in", "e.sock", 512, parallel, threads=1, host=host, port=port, key=os.urandom(16).hex())
     plan = adapter.plan(Spec(Wish(model), Artifact("file", model, model)), where, grant)
     if not task.get("box", True):
         cgroup.home = lambda: None  # type: ignore[assignment]
@@ -42,6 +53,7 @@ async def serve(task: dict[str, Any]) -> None:
         log=RotatingLog(task["folder"] + ".log"),
         name=adapter.name,
         on_exit=lambda exit: print("exit", exit, flush=True),
+        reserved=reserved,
     )
     if task.get("leak") and os.fork() == 0:  # as a careless library would: a copy of every file descriptor lives on
         signal.pause()
