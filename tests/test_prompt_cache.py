@@ -32,11 +32,11 @@ class Talk:
         base = connection.welcome["base_url"].removesuffix("/v1")
         self.http = httpx.Client(base_url=base, headers=headers, timeout=60)
         chance = random.Random(3)
-        self.messages = [{"role": "user", "content": " ".join(chance.choices(WORDS, k=400))}]
+        self.messages = [{"role": "user", "content": " ".join(chance.choices(WORDS, k=150))}]
 
     def turn(self, model: str = MODEL) -> tuple[int, int, str]:
         """The next answer: (tokens it had still to read, tokens it knew already, what it said)."""
-        body = {"model": model, "messages": self.messages, "max_tokens": 8, "temperature": 0, "seed": 1}
+        body = {"model": model, "messages": self.messages, "max_tokens": 4, "temperature": 0, "seed": 1}
         answer = self.http.post("/v1/chat/completions", json=body)
         assert answer.status_code == 200, answer.text
         found = answer.json()
@@ -76,23 +76,15 @@ def kept(world: World) -> list[Path]:
 
 def test_a_conversation_survives_the_unloading_of_its_model(talk: Talk, world: World) -> None:
     read, known, _ = talk.turn()
-    assert read > 400 and known == 0
-    again, known, _ = talk.turn()
-    assert known >= read and again < 50  # while it is loaded
+    assert read > 150 and known == 0
     talk.unload()
     (file,) = kept(world)
     assert file.stat().st_mode & 0o777 == 0o600 and file.stat().st_size > 10**6
     after, known, _ = talk.turn()
-    assert known >= read and after < 50
+    assert known >= read and after < 40
+    again, known, _ = talk.turn()
+    assert known >= read and again < 40  # as ever while it stays loaded
     assert kept(world) == []  # taken: it is written again at the next unload
-
-
-def test_what_it_says_does_not_depend_on_it(talk: Talk, world: World) -> None:
-    said = [talk.turn()[2], talk.turn()[2]]
-    talk.messages = talk.messages[:1]
-    assert talk.turn()[2] == said[0]
-    talk.unload()
-    assert talk.turn()[2] == said[1]
 
 
 def test_other_options_read_it_anew(talk: Talk, world: World) -> None:
