@@ -63,9 +63,10 @@ while sys.stdin.readline(): go.set()
 class Web:
     """The server, a process of its own: it can be killed."""
 
-    def __init__(self, file: Path, port: int = 0, stops: int = 0) -> None:
+    def __init__(self, world: World, file: Path, port: int = 0, stops: int = 0) -> None:
         argv = [sys.executable, "-c", SERVER, str(file), str(port), str(stops)]
         self.process = subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        world.children.append(self.process)  # ended with it, if not before
         self.port = int(self.line())
         self.url = f"http://127.0.0.1:{self.port}/model.gguf"
 
@@ -140,14 +141,14 @@ def assert_pulled(world: World, begun: list[subprocess.Popen[str]], url: str, mo
 
 
 def test_a_server_that_is_killed_midway(world: World, pulls: list[subprocess.Popen[str]], model: Path) -> None:
-    web = Web(model, stops=1)
+    web = Web(world, model, stops=1)
     process = pull(pulls, web.url)
     assert (web.line(), web.line()) == ("GET 0", "stopped")
     web.kill()
     _, err = process.communicate(timeout=60)
     assert process.returncode == 75 and "again" in err
     assert_nothing_there(world, web.url)
-    again = Web(model, web.port)
+    again = Web(world, model, web.port)
     try:
         assert_pulled(world, pulls, again.url, model)
         (asked,) = [line for line in again.kill() if line.startswith("GET")]
@@ -157,7 +158,7 @@ def test_a_server_that_is_killed_midway(world: World, pulls: list[subprocess.Pop
 
 
 def test_a_load_of_what_breaks_off_loads_nothing(world: World, pulls: list[subprocess.Popen[str]], model: Path) -> None:
-    web = Web(model, stops=1)
+    web = Web(world, model, stops=1)
     load = subprocess.Popen(
         [LLM_DAEMON, "load", web.url, "--quiet"], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
         text=True, env=dict(os.environ),
@@ -172,7 +173,7 @@ def test_a_load_of_what_breaks_off_loads_nothing(world: World, pulls: list[subpr
 
 
 def test_a_disk_that_is_full(world: World, pulls: list[subprocess.Popen[str]], model: Path) -> None:
-    web = Web(model)
+    web = Web(world, model)
     try:
         limited = subprocess.run(  # a limit on the size of files looks like a full disk, and needs no disk of its own
             ["/bin/sh", "-c", f'ulimit -f {SIZE // 1024}; exec "$0" "$@"', LLM_DAEMON, "models", "pull", web.url, "--quiet"],
@@ -193,12 +194,12 @@ def test_a_file_that_is_corrupt_on_its_way_or_on_disk(
     wrong = tmp_path / "wrong.gguf"
     wrong.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
     pin = f"#sha256={hashlib.sha256(whole).hexdigest()}"
-    web = Web(wrong)
+    web = Web(world, wrong)
     done = world.llm_daemon("models", "pull", web.url + pin, "--quiet")
-    assert done.returncode == 2 and "is pinned" in done.stderr
+    assert done.returncode == 2 and "is not the file with sha256" in done.stderr
     assert_nothing_there(world, web.url + pin)
     web.kill()
-    web = Web(model, web.port)
+    web = Web(world, model, web.port)
     try:
         assert_pulled(world, pulls, web.url + pin, model)
         os.truncate(on_disk(world)[0], SIZE // 2)
@@ -210,7 +211,7 @@ def test_a_file_that_is_corrupt_on_its_way_or_on_disk(
 
 
 def test_two_downloads_of_one_file_are_one(world: World, pulls: list[subprocess.Popen[str]], model: Path) -> None:
-    web = Web(model, stops=1)
+    web = Web(world, model, stops=1)
     try:
         first = pull(pulls, web.url)
         assert (web.line(), web.line()) == ("GET 0", "stopped")

@@ -25,7 +25,7 @@ LLAMA_SERVER = os.environ.get("LLM_DAEMON_TEST_LLAMA_SERVER")
 pytestmark = pytest.mark.real
 Ask = Callable[..., dict[str, Any]]
 MODEL, WIDTH, LAYERS = "smollm2-135m", 576, 30
-QUESTION = {"prompt": "The three largest cities of France are", "max_tokens": 24, "temperature": 0}
+QUESTION: dict[str, Any] = {"prompt": "The three largest cities of France are", "max_tokens": 24, "temperature": 0}
 
 
 @pytest.fixture(params=["xllamacpp", "llama-server"])
@@ -134,7 +134,7 @@ def small(model: str, folder: Path) -> str:
         return subprocess.run(argv, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=True).stdout.strip()
 
     if not run("build_llama_server.py", "--path", "llama-quantize"):
-        return shutil.copy(model, folder / "draft.gguf")
+        return str(shutil.copy(model, folder / "draft.gguf"))
     return run("quantize.py", model, "Q3_K_M")
 
 
