@@ -162,20 +162,19 @@ def test_more_than_the_limit_is_not_kept_and_an_unfinished_one_is_cleared(tmp_pa
     assert kept.save() == [] and os.listdir(root) == []
 
 
-def test_what_is_being_written_is_not_cleared(tmp_path: Path, engine: Engine) -> None:
+def test_what_is_being_written_is_not_cleared(tmp_path: Path, engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     slots = engine(100)
     cache = PromptCache(str(tmp_path / "p"), 10**6)
     kept = Kept(cache, slots)
-    inner, seen = slots.post, []
+    seen = []
 
     async def post(process: Any, path: str, body: dict[str, str]) -> tuple[int, dict[str, Any]]:
-        answer = await inner(process, path, body)
+        answer = await slots.post(process, path, body)
         cache.trim()
         seen.append(os.listdir(kept.folder))
         return answer
 
-    slots.post = post  # type: ignore[method-assign]
-    prompts.post = post  # the fixture's monkeypatch puts the real one back
+    monkeypatch.setattr(prompts, "post", post)
     assert kept.save() == ["index.json", "slot-0.bin"] and seen == [["slot-0.bin"]]
 
 
