@@ -27,9 +27,7 @@ def storm(folder: Path, seconds: float, *args: str) -> tuple[dict[str, Any], str
 
 
 @pytest.mark.timeout(300)
-def test_a_short_storm_breaks_no_promise(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    # Double kills are for the long one: what they may leave is not solved (docs/reference/lifecycle.md, Limits).
-    monkeypatch.setenv("STORM_SINGLE_KILLS", "1")
+def test_a_short_storm_breaks_no_promise(tmp_path: Path) -> None:
     found, _ = storm(tmp_path, 35)
     assert found["bad"] == []
     total = found["parts"][-1]

@@ -282,9 +282,9 @@ class Storm:
         return bool(t.failed or t.broken or self.watch.broken or (t.http_failed and not self.scenario.http_may_fail))
 
     def settle(self) -> dict[str, Any]:
-        """All go; a last daemon sweeps; the census."""
+        """All go, but for what the last double kill left; a last daemon sweeps; the census."""
         (self.base / "faults" / "chance").write_text("")
-        left = self.calm()
+        left = self.calm(unswept=True)
         began = time.monotonic()
         try:
             talk = sync.connect()
@@ -302,12 +302,18 @@ class Storm:
         self.tally.read()
         return self.result(left, found)
 
-    def calm(self) -> list[str]:
-        """Waits until no process is left; whoever was never attached to is attached to, so that it may leave."""
+    def calm(self, unswept: bool = False) -> list[str]:
+        """Waits until no process is left; whoever was never attached to is attached to, so that it may leave.
+
+        `unswept`: what escaped when daemon and keeper were killed together may stay, for no daemon was started after that.
+        """
         end, visit = time.monotonic() + CALM, 0.0
         while found := self.the_world.processes():
             self.reap(restart=False)
+            self.tally.read()
             self.watch.look(self.tally.both)
+            if unswept and found.keys() <= self.watch.excused:
+                break
             if (now := time.monotonic()) > end:
                 return [f"{pid} {command}" for pid, command in found.items()]
             if now > visit:

@@ -108,7 +108,7 @@ class Tally:
         if e["kind"] in ("daemon", "both"):
             self._killed.append((e["t"], e["pid"]))
         if e["kind"] == "both":
-            self.both.add(e["pid"])
+            self.both |= {e["pid"], *e["left"]}
 
     def _stop(self, e: dict[str, Any]) -> None:
         self.stops[e["kind"]] += 1

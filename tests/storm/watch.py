@@ -55,13 +55,14 @@ class Watch:
     oldest: float = 0.0  # seconds, of any orphan
     pids: list[int] = field(default_factory=list)
     published: int | None = None  # inode of the runtime folder, once there was a socket in it
+    excused: set[int] = field(default_factory=set)  # pids of what a double kill left, at the last look
     _since: dict[tuple[int, int], float] = field(default_factory=dict)  # orphan -> when first seen
     _told: set[tuple[int, int]] = field(default_factory=set)
     _daemon_of: dict[str, int] = field(default_factory=dict)  # tag -> daemon
     _twins: set[tuple[int, ...]] = field(default_factory=set)
 
     def look(self, both: Set[int]) -> None:
-        """`both`: daemons that were killed together with a keeper; what escaped then stays until the next sweep, by design."""
+        """`both`: daemons that were killed together with a keeper, and what they left: it stays until the next sweep."""
         now, found = time.monotonic(), processes(self.runtime)
         self.pids = [p.pid for p in found]
         daemons = {p.pid for p in found if p.kind == "daemon"}
@@ -75,10 +76,12 @@ class Watch:
             elif p.kind == "engine" and p.tag not in keepers:
                 orphans[p.pid, p.born] = p
         self._since = {one: self._since.get(one, now) for one in orphans}
+        # A keeper may have been killed before we ever saw whose it was: then its engine's pid must do.
+        self.excused = {p.pid for p in orphans.values() if self._daemon_of.get(p.tag, p.pid) in both or p.pid in both}
         for one, p in orphans.items():
             age = now - self._since[one]
             self.oldest = max(self.oldest, age)
-            if age > ORPHAN and one not in self._told and self._daemon_of.get(p.tag, 0) not in both:
+            if age > ORPHAN and one not in self._told and p.pid not in self.excused:
                 self._told.add(one)
                 self.broken.append(f"S6: {p.kind} {p.pid} is an orphan for {age:.1f} s: {' '.join(p.argv[3:6])}")
         self._look_for_twins(found, keepers)

@@ -227,15 +227,20 @@ LEAVES = {
 }
 
 
+def pid_of(pidfd: int) -> int:
+    """proc_pid_fdinfo(5); -1 if it was reaped."""
+    with open(f"/proc/self/fdinfo/{pidfd}") as f:
+        return int(next(line for line in f if line.startswith("Pid:")).split()[1])
+
+
 def strike(held: Held, dice: random.Random) -> None:
     """kill -9 of somebody; while our lease stands, the daemon's pid is its own."""
-    both = 0 if os.environ.get("STORM_SINGLE_KILLS") else 2
-    kind = dice.choices(["daemon", "keeper", "engine", "both"], [4, 2, 2, both])[0] if held.engine else "daemon"
+    kind = dice.choices(["daemon", "keeper", "engine", "both"], [4, 2, 2, 2])[0] if held.engine else "daemon"
     found = tree(held)
     victims = [fd for name in VICTIMS[kind] for fd in found[name]]
     watched = [fd for name in LEAVES[kind] for fd in found[name]]
     if held.is_open() and len(victims) == len(VICTIMS[kind]):
-        say("kill", kind=kind, pid=held.daemon)
+        say("kill", kind=kind, pid=held.daemon, left=[pid_of(fd) for fd in watched])
         for fd in victims:
             with suppress(ProcessLookupError):
                 signal.pidfd_send_signal(fd, signal.SIGKILL)
