@@ -34,8 +34,8 @@ class Settings:
     `allow_origins`: web pages that may use the gateway.  `remote_media`: whether engines may fetch images that a request
     names by URL.  `tls_host`: address where other machines may use it, at `tls_port`, which needs the files `tls_cert`, `tls_key`
     (PEM) and `tls_token_file` (a key of your own).
-    `catalog`: user entries and aliases.  `engines`: a table for each engine (`path`, `args`, `env`, `adapter`; with `command` it
-    describes one: engines/command.py).
+    `catalog`: user entries and aliases.  `engines`: a table for each engine (`path`, `args`, `env`, `adapter`, `python`, `url`;
+    with `command` it describes one: engines/command.py).
     """
 
     ttl: float = 120.0
@@ -192,6 +192,8 @@ _ENGINE_KEYS: dict[str, tuple[type, str]] = {
     "args": (list, "a list of texts"),
     "env": (dict, "a table of texts"),
     "adapter": (str, "a text"),
+    "python": (str, "a text"),
+    "url": (str, "a text"),
 }
 
 

@@ -15,6 +15,7 @@ import pytest
 
 from llm_daemon import errors, paths
 from llm_daemon.cli import doctor, logs
+from llm_daemon.engines.advisories import Advisory, fitting, number
 from llm_daemon.engines.base import Location, Missing
 from llm_daemon.models.catalog import Catalog
 from llm_daemon.models.store import Store
@@ -320,6 +321,38 @@ def test_engines(cli: Cli) -> None:
     assert "absent cannot run: no such wheel\n  hint: pip install absent\n" in out
     found = {e["name"]: e for e in json.loads(cli("engines", "--json").out)["engines"]}
     assert found["here"]["runs"] and found["here"]["hang_up"] is None and found["absent"]["hint"] == "pip install absent"
+
+
+class Weak(Here):
+    name = "weak"
+
+    def weaknesses(self, version: str) -> list[Advisory]:
+        known = [
+            Advisory("CVE-1", "reads memory", fixed=(1, 1), blunted="nobody reaches it"),
+            Advisory("CVE-2", "old", fixed=(0, 9)),
+        ]
+        return fitting(known, number(version))
+
+
+def test_known_weaknesses_of_an_engine_are_told(cli: Cli, two_engines: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert findings(cli)["engine weaknesses"] == [("ok", "no published one fits the versions found")]
+    from importlib import metadata
+
+    monkeypatch.setattr(
+        metadata, "entry_points", lambda group: [type("Point", (), {"name": "weak", "load": lambda self: Weak})()]
+    )
+    found = findings(cli)["engine weaknesses"]
+    assert found == [("warn", "weak 1.0 (PATH) has CVE-1: reads memory (here nobody reaches it)")]
+    assert "hint: install weak 1.1 or later" in cli("doctor").out
+    assert "weak 1.0 has CVE-1" in cli("engines").out
+    (engine,) = (e for e in json.loads(cli("engines", "--json").out)["engines"] if e["runs"])
+    assert [w["id"] for w in engine["weaknesses"]] == ["CVE-1"]
+
+
+@pytest.mark.usefixtures("two_engines")
+def test_libraries_that_people_take_for_engines_are_explained(cli: Cli) -> None:
+    assert "onnxruntime-genai cannot run: ONNX Runtime GenAI is a library without a server" in cli("engines").out
+    assert not any("onnxruntime-genai" in text for _, text in findings(cli)["engine"])
 
 
 def findings(cli: Cli) -> dict[str, list[tuple[str, str]]]:

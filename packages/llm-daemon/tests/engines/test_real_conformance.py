@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import shlex
+from pathlib import Path
 
 import pytest
 
@@ -11,10 +13,38 @@ from llm_daemon.testing.conformance import EngineConformance
 # Read now: the session takes LLM_DAEMON_* variables away.
 GIVEN = os.environ.get("LLM_DAEMON_TEST_LLAMA_SERVER")
 pytestmark = pytest.mark.real
+APE = """MZqFpD='
+'
+[ "$*" = --version ] && { echo 'llamafile v0.10.3'; exit; }
+for word; do
+    shift
+    [ "$word" = --server ] || set -- "$@" "$word"
+done
+exec LLAMA_SERVER "$@"
+"""
 
 
 class TestXllamacpp(EngineConformance):
     adapter = "llm_daemon.engines.xllamacpp:Xllamacpp"
+
+    @pytest.fixture
+    def model_path(self, smollm2: str) -> str:
+        return smollm2
+
+
+class TestLlamafile(EngineConformance):
+    """llamafile's own part is played: a file in APE's form that takes its flags out and becomes llama.cpp's real server."""
+
+    adapter = "llm_daemon.engines.llamafile:Llamafile"
+
+    @pytest.fixture
+    def prepared(self, tmp_path: Path) -> None:
+        if not GIVEN:
+            pytest.skip("no llama-server was named")
+        path = tmp_path / "llamafile"
+        path.write_text(APE.replace("LLAMA_SERVER", shlex.quote(GIVEN)))
+        path.chmod(0o755)
+        self.config = {"path": str(path)}
 
     @pytest.fixture
     def model_path(self, smollm2: str) -> str:

@@ -176,7 +176,7 @@ def test_a_package_nobody_pinned_by_hash() -> None:
     assert (artifact.key, artifact.sha256, artifact.size) == ("pypi:some-model==2.0", None, None)
 
 
-@pytest.mark.parametrize("text", ["mlc:a/b", "ollama:llama3", "MLC:a/b"])
+@pytest.mark.parametrize("text", ["mlc:a/b", "MLC:a/b"])
 def test_other_sources_say_what_to_do_instead(text: str) -> None:
     error = refusal(text)
     assert error.code == "bad_spec" and "cannot fetch" in error.message and "path" in error.hint + "path of a .gguf"
@@ -231,7 +231,7 @@ def test_entries_for_the_hub_and_for_addresses() -> None:
         ({"source": "mlc", "locator": "a/b"}, "cannot fetch mlc"),
         ({"source": "https", "locator": "http://h/m.gguf"}, "for this machine only"),
         ({"source": "hf", "locator": "a/b", "member": "x"}, "belong to a requirement"),
-        ({"source": "moon", "locator": "a"}, "sources are file, pypi"),
+        ({"source": "moon", "locator": "a"}, "sources are file, engine, pypi"),
         ({"parts": []}, "list of tables"),
         ({"parts": [{"member": "x"}]}, "has a requirement"),
         ({"quants": 3}, "table of tables"),

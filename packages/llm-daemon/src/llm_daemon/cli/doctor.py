@@ -212,7 +212,7 @@ def _port(settings: Settings) -> Found:
 def _engines(settings: Settings) -> Found:
     from .engines import look
 
-    found = look(settings.engines)
+    found = [e for e in look(settings.engines) if not e.get("library")]
     for e in found:
         if e["runs"]:
             yield OK, f"{e['name']} {e['version']} ({e['origin']})", ""
@@ -224,6 +224,24 @@ def _engines(settings: Settings) -> Found:
             yield FAIL, f"{e['name']} cannot run: {e['reason']}", e["hint"]
     if not found:
         yield FAIL, "none is installed", "install llm-daemon[llamacpp]"
+
+
+def _weaknesses(settings: Settings) -> Found:
+    """Published holes in the versions found; what each adapter knows of."""
+    from .engines import look
+
+    running = [e for e in look(settings.engines) if e["runs"]]
+    for e in running:
+        for weak in e["weaknesses"]:
+            fixed = ".".join(map(str, weak["fixed"]))
+            text = f"{e['name']} {e['version']} ({e['origin']}) has {weak['id']}: {weak['text']}"
+            if weak["blunted"]:
+                text += f" (here {weak['blunted']})"
+            yield WARN, text, f"install {e['name']} {fixed} or later"
+    if not any(e["weaknesses"] for e in running):
+        unknown = [e["name"] for e in running if not any(c.isdigit() for c in e["version"])]
+        text = "no published one fits the versions found"
+        yield OK, text + (f" (version not known: {', '.join(unknown)})" if unknown else ""), ""
 
 
 def _openmp(_: Settings) -> Found:
@@ -247,5 +265,6 @@ CHECKS: dict[str, Callable[[Settings], Any]] = {
     "daemon": _daemon,
     "port": _port,
     "engine": _engines,
+    "engine weaknesses": _weaknesses,
     "openmp": _openmp,
 }

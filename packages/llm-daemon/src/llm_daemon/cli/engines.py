@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import asdict
 from typing import Any
 
 import click
 
 from ..config import Settings
 from ..engines.base import Location
+from ..engines.libraries import LIBRARIES
 from ..engines.registry import Registry
 from ..errors import LlmDaemonError
 from . import measured
@@ -56,6 +58,9 @@ def show(found: list[dict[str, Any]]) -> None:
     if runs := [e for e in found if e["runs"]]:
         rows = [(e["name"], e["version"], e["license"], measured.brief(e["hang_up"]), e["origin"]) for e in runs]
         table(("ENGINE", "VERSION", "LICENSE", "HANG-UP", "FOUND"), rows)
+        for e in runs:
+            for weak in e["weaknesses"]:
+                click.echo(f"\n{clean(e['name'])} {clean(e['version'])} has {weak['id']}: llm-daemon doctor says what to do")
     else:
         click.echo("no engine can run here")
     for e in found:
@@ -64,7 +69,8 @@ def show(found: list[dict[str, Any]]) -> None:
 
 
 def look(config: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """One object for each engine: `runs` and either where, which and its `hang_up` (None: not measured), or why not."""
+    """One object for each engine: `runs` and either where, which, its `hang_up` (None: not measured) and known `weaknesses`,
+    or why not.  Last come `library`s, which no adapter could serve with."""
     registry, known = Registry(config), measured.load()
     out: list[dict[str, Any]] = []
     for name in registry.names:
@@ -73,9 +79,14 @@ def look(config: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
         if isinstance(place, Location):
             about |= {"version": place.version, "origin": place.origin, "argv": list(place.argv)}
             about["hang_up"] = measured.find(known, name, place.version, place.argv[0])
+            about["weaknesses"] = [
+                asdict(a) for a in getattr(registry.get(name), "weaknesses", lambda version: ())(place.version)
+            ]
         else:
             about |= {"reason": place.reason, "hint": place.hint}
         out.append(about)
     for name, reason in registry.broken.items():
         out.append({"name": name, "license": None, "runs": False, "reason": reason, "hint": "install its package anew"})
+    for name, (license_, reason, hint) in LIBRARIES.items():
+        out.append({"name": name, "license": license_, "runs": False, "reason": reason, "hint": hint, "library": True})
     return out

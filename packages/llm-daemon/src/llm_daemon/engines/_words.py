@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 
 from .base import ADDRESS, BAD_FLAG, BAD_MODEL, CRASHED, MISSING_LIBRARY, OUT_OF_MEMORY
 
@@ -24,8 +25,8 @@ _SIGNALS = {
 }
 
 
-def diagnose(exit_status: int | None, last_words: str) -> tuple[str, str]:
-    """See base.Adapter.
+def diagnose(exit_status: int | None, last_words: str, own: Sequence[tuple[str, str]] = ()) -> tuple[str, str]:
+    """See base.Adapter.  `own`: (kind, pattern) that only this engine says; they are looked for first.
 
     >>> diagnose(1, "Traceback (most recent call last):\\n  ...\\nOSError: [Errno 98] Address already in use")
     ('address_in_use', 'OSError: [Errno 98] Address already in use')
@@ -33,7 +34,7 @@ def diagnose(exit_status: int | None, last_words: str) -> tuple[str, str]:
     ('crashed', 'ValueError: no such thing')
     """
     lines = [re.sub(r"\s{2,}", " ", line.strip()) for line in last_words.splitlines() if line.strip()]
-    for kind, pattern in _SYMPTOMS:
+    for kind, pattern in (*own, *_SYMPTOMS):
         for line in lines:
             if re.search(pattern, line):
                 return kind, line

@@ -17,6 +17,7 @@ from typing import Any
 
 from ..spec import EMBEDDING, RERANK, Spec
 from . import _llamacpp
+from .advisories import Advisory, llama_cpp
 from .base import Grant, Location, Missing, Plan
 
 # A prebuilt llama-server in a wheel, in one variant for CPUs with AVX512 and VNNI; it would die of SIGILL on others.
@@ -55,6 +56,9 @@ class LlamaServer:
 
     def diagnose(self, exit_status: int | None, last_words: str) -> tuple[str, str]:
         return _llamacpp.diagnose(exit_status, last_words)
+
+    def weaknesses(self, version: str) -> list[Advisory]:
+        return llama_cpp(version)
 
     def plan(self, spec: Spec, where: Location, grant: Grant) -> Plan:
         """Every value is given explicitly: the server's defaults also come from files and variables."""

@@ -87,7 +87,7 @@ class Registry:
             if lacking := sorted(options - options_of(adapter)):
                 unable.append(f"{name} cannot load a model with {', '.join(lacking)}")
                 continue
-            where = self.locate(name)
+            where = (path and _inside(adapter, path)) or self.locate(name)
             if isinstance(where, Location):
                 return adapter, where
             missing.append((name, where))
@@ -106,6 +106,13 @@ class Registry:
         if not refused:
             raise EngineError("no engine is installed", code="engine_missing", hint='pip install "llm-daemon[llamacpp]"')
         raise UsageError(f"no engine can load {path} ({'; '.join(refused)})", code="bad_model")
+
+
+def _inside(adapter: Adapter, path: str) -> Location | None:
+    """The program that a model file brings along, for adapters that know such files (`inside`)."""
+    inside = getattr(adapter, "inside", None)
+    found = inside(path) if inside else None
+    return found if isinstance(found, Location) else None
 
 
 def configured(name: str, table: Mapping[str, Any]) -> Adapter | None:

