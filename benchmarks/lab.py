@@ -48,21 +48,22 @@ class Effort:
     floods: int  # times that too much arrives, for each lane
     flood: float  # seconds it arrives for
     hangups: int  # for each cell
+    many: int  # requests to six models
     natural: float  # seconds a victim of a hang-up lives if nobody stops it
     all_cells: bool = True  # of the hang-ups; else the first and the last
 
 
 FULL = Effort(
     attaches=800, processes=50, starts=8, loads=15, requests=300, idle=20.0, pause=1.0, rounds=10, shots=2000, burst=1.0,
-    chunks=60, idlers=2000, crowd=10_000, queue=1000, floods=5, flood=0.8, hangups=20, natural=2.4,
+    chunks=60, idlers=2000, crowd=10_000, queue=1000, floods=5, flood=0.8, hangups=20, many=200, natural=2.4,
 )  # fmt: skip
 QUICK = Effort(
     attaches=100, processes=8, starts=1, loads=4, requests=15, idle=1.5, pause=0.1, rounds=2, shots=300, burst=0.2,
-    chunks=20, idlers=500, crowd=1000, queue=200, floods=2, flood=0.4, hangups=3, natural=2.4,
+    chunks=20, idlers=500, crowd=1000, queue=200, floods=2, flood=0.4, hangups=3, many=48, natural=2.4,
 )  # fmt: skip
 TINY = Effort(
     attaches=3, processes=1, starts=1, loads=1, requests=2, idle=0.2, pause=0.05, rounds=1, shots=20, burst=0.05,
-    chunks=4, idlers=50, crowd=100, queue=20, floods=1, flood=0.1, hangups=1, natural=0.6, all_cells=False,
+    chunks=4, idlers=50, crowd=100, queue=20, floods=1, flood=0.1, hangups=1, many=16, natural=0.6, all_cells=False,
 )  # fmt: skip
 
 

@@ -93,6 +93,17 @@ def test_no_request_is_lost_and_slots_become_free(short_tmp: Path, tmp_path: Pat
     assert lost["scripted engine: streaming, quiet, p50"]["baseline"] < 100
 
 
+def test_six_models_in_memory_for_two(short_tmp: Path, tmp_path: Path) -> None:
+    model = tmp_path / "m.fake.json"
+    model.write_text("{}")
+    (many,) = run(short_tmp, "--only", "many", "--model", str(model))["sections"]
+    assert [row["value"] for row in many["rows"][:3]] == [0, 0, 0] and many["rows"][0]["samples"] == 16
+    head, _, *lines = many["extra"]["scripted engine"]["markdown"].splitlines()
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in (head, *lines)]
+    assert sum(int(line[2]) for line in cells[1:]) == 16
+    assert sum(int(line[3]) for line in cells[1:]) >= 4 and sum(int(line[5]) for line in cells[1:]) >= 2  # loads, evictions
+
+
 @pytest.mark.real
 def test_what_the_daemon_costs_on_a_real_engine(short_tmp: Path, smollm2: str) -> None:
     found = run(short_tmp, "--only", "named,cold,requests", "--model", smollm2)

@@ -58,11 +58,13 @@ def _merged(labels: set[str]) -> list[str]:
 # The daemon's core -------------------------------------------------------------------------------------------------
 SPEC = Spec(Wish("m"), Artifact("file", "/m", "m"), Wish("m", engine="e", context=1, parallel=1))
 DIED = errors.EngineError("died", code="engine_died").to_wire()
+BUDGET = 2  # bytes of memory: enough for the one model, or not
 # What the fields of events may hold: one client, one model, two requests for the one slot of its engine.
 VALUES: dict[str, tuple[Any, ...]] = {
     "lease": ("a",), "request": (1,), "spec": (SPEC,), "keep_alive": (None,), "ticket": ("t", "u"), "info": ({},),
     "slots": (1,), "error": (None, DIED), "force": (False, True), "served": (False, True),
     "lane": ("regular",), "supersede": (None,), "deadline": (None,),
+    "need": (1, BUDGET + 1),
 }  # fmt: skip
 OPTIONS = [name for name, values in VALUES.items() if values[1:] and not values[0]]
 INSTANCE = {state.value: state.value for state in State}
@@ -81,7 +83,7 @@ class World:
 
     machine: Machine = field(
         default_factory=lambda: Machine(
-            Leases.born(1.0, 0.0, grace=1.0), ttl=1.0, leased_ttl=2.0, queue_limit=1, max_overtake=1.0
+            Leases.born(1.0, 0.0, grace=1.0), ttl=1.0, leased_ttl=2.0, queue_limit=1, max_overtake=1.0, budget=BUDGET
         )
     )
     now: float = 0.0
@@ -98,7 +100,7 @@ class World:
             (
                 it.state, bool(it.leases), bool(it.waiters), it.lanes.waiting, len(it.lanes.running),
                 it.lanes.aborting, min(it.failures, 2), when(it.retry_at), when(it.retry_at + FAILED_SHOWN), when(it.abandon_at),
-                when(m._closes_at(it)),
+                when(m._closes_at(it)), it.need, bool(it.leaves_for),
             )
             for it in m.instances.values()
         ]  # fmt: skip
@@ -138,6 +140,8 @@ class World:
                 return ticket in m.tickets and getattr(event, "error", DIED) is not None
             case ev.Aborting(ticket):
                 return ticket in m.tickets and m.tickets[ticket].stage is Stage.RUNNING
+            case ev.Weighed():
+                return it is not None and (it.has_process or it.state is State.QUEUED)
             case ev.Up():
                 return it is not None and it.state in (State.STARTING, State.STOPPING)  # also late, when the Halt is under way
             case ev.Down(_, error):

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 from . import paths
+from .budget import budget_bytes
 from .errors import UsageError
 
 DEFAULT_PORT = 28282
@@ -28,6 +29,7 @@ class Settings:
     `linger`: how long the daemon outlives its last reason to live.  `port`: None means 28282 or the next free one;
     a number means that one or an error.  `auth`: `token` or `none`.  `queue_limit`: requests that may wait for one
     model in each lane.  `max_overtake`: how long newer requests may go before one that waits; 0 is strictly oldest first.
+    `memory_budget`: memory for all models together, `8GiB`, `50%` of what there is, or `none` for no bound (budget.py).
     `context`, `parallel`: what a model is loaded with when nobody says.  `history_limit`: requests that the
     history in the state folder keeps, 0 for no history; `history_prompts`: with their bodies, which hold what was asked.
     `prompt_cache_limit`: bytes on disk for what conversations leave in an engine until it is loaded again; 0 keeps nothing.
@@ -51,6 +53,7 @@ class Settings:
     context: int = 4096
     parallel: int = 2
     threads: int | None = None
+    memory_budget: str = "75%"
     history_limit: int = 10_000
     history_prompts: bool = False
     prompt_cache_limit: int = 2_000_000_000
@@ -157,6 +160,13 @@ def _origins(value: Any) -> tuple[str, ...]:
     return found
 
 
+def _memory(value: Any) -> str:
+    if isinstance(value, (bool, float)):
+        raise ValueError
+    budget_bytes(value, 10**9)
+    return str(value)
+
+
 def _address(value: Any) -> str:
     return str(ipaddress.ip_address(value))
 
@@ -175,6 +185,7 @@ _CHECKS: dict[str, tuple[Callable[[Any], Any], str]] = {
     "context": (_number(1, 2**31 - 1), "tokens, 1 or more"),
     "parallel": (_number(1, 1024), "a whole number from 1 to 1024"),
     "threads": (_number(1, 4096), "a whole number, 1 or more"),
+    "memory_budget": (_memory, "an amount like '8GiB' or '50%', or 'none'"),
     "history_limit": (_number(0, 10_000_000), "a whole number, 0 or more"),
     "history_prompts": (_flag, "true or false"),
     "prompt_cache_limit": (_number(0, 2**62), "bytes, 0 or more"),

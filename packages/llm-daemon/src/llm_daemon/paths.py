@@ -68,6 +68,11 @@ def hangups_file() -> str:
     return os.path.join(state_dir(), "hang-ups.json")
 
 
+def memory_file() -> str:
+    """What models needed of the memory when they ran, a small JSON file in the state folder."""
+    return os.path.join(state_dir(), "memory.json")
+
+
 def log_dirs() -> list[str]:
     """Where logs may be, best first: the state folder, and the runtime folder when the former cannot be written."""
     return [os.path.join(state_dir(), "logs"), os.path.join(runtime_dir(), "logs")]

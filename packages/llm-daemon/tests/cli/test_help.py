@@ -17,7 +17,7 @@ from .fakes import FakeDaemon
 
 JSON = {
     "run", "ps", "who", "stop", "load", "engines", "doctor", "config", "env",
-    "explain", "ui", "models", "models list", "models pull", "models show", "models rm",
+    "explain", "ui", "models", "plan", "models list", "models pull", "models show", "models rm",
 }  # fmt: skip
 
 

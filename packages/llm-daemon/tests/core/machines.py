@@ -22,9 +22,10 @@ def spec(name: str = "m", **options: Any) -> Spec:
 
 
 def machine(
-    ttl: float = 120.0, leased_ttl: float = 1800.0, linger: float = 10.0, queue_limit: int = 10, max_overtake: float = 10.0
-) -> Machine:
-    return Machine(Leases.born(linger, 0.0), ttl, leased_ttl, queue_limit, max_overtake)
+    ttl: float = 120.0, leased_ttl: float = 1800.0, linger: float = 10.0, queue_limit: int = 10, max_overtake: float = 10.0,
+    budget: int | None = None,
+) -> Machine:  # fmt: skip
+    return Machine(Leases.born(linger, 0.0), ttl, leased_ttl, queue_limit, max_overtake, budget)
 
 
 def running(m: Machine, lease: str = "a", now: float = 0.0, slots: int = 2) -> str:

@@ -94,6 +94,12 @@ def test_how_long_newcomers_may_go_first_is_a_setting(tmp_path: Path) -> None:
     assert load(tmp_path, "", LLM_DAEMON_MAX_OVERTAKE="2.5").max_overtake == 2.5
 
 
+def test_the_memory_of_all_models_is_a_setting(tmp_path: Path) -> None:
+    assert effective(load(tmp_path, ""))["memory_budget"] == {"value": "75%", "from": "default"}
+    assert load(tmp_path, "memory_budget = 5000000000\n").memory_budget == "5000000000"
+    assert load(tmp_path, "", LLM_DAEMON_MEMORY_BUDGET="1.5 GiB").memory_budget == "1.5 GiB"
+
+
 @pytest.mark.parametrize(
     ("text", "line", "word"),
     [
@@ -104,6 +110,9 @@ def test_how_long_newcomers_may_go_first_is_a_setting(tmp_path: Path) -> None:
         ("max_overtake = -1\n", 1, "seconds"),
         ("host = '0.0.0.0'\n", 1, "loopback"),
         ("auth = 'off'\n", 1, "'none'"),
+        ("memory_budget = '8 Gigs'\n", 1, "'8GiB'"),
+        ("memory_budget = '150%'\n", 1, "'50%'"),
+        ("memory_budget = 0.5\n", 1, "'none'"),
         ("[engines.llama-server]\npath = '/x'\npth = '/y'\n", 3, "'path'"),
         ("[engines.llama-server]\npath = 3\n", 2, "must be a text"),
         ("ttl = \n", 1, "TOML"),

@@ -16,7 +16,7 @@ from llm_daemon.daemon import explain, tally
 from llm_daemon.daemon.journal import Journal, Subscription, as_dict
 from llm_daemon.errors import UsageError
 
-from .fakes import OTHER, SPEC, load, record
+from .fakes import SPEC, load, record
 
 GONE = {"code": "engine_died", "message": "xllamacpp died (signal 9)"}
 HUNG = {"code": "engine_hung", "message": "xllamacpp hung"}
@@ -45,6 +45,17 @@ def test_why_a_model_is_loaded(event: ev.Event, cause: str) -> None:
     assert loading["text"].startswith("smollm2-135m begins to load: " + cause)
 
 
+def test_a_wait_for_memory_is_told_and_counted_and_the_load_remembers_who_asked() -> None:
+    journal = Journal(instance=lambda _: cast(Instance, SimpleNamespace(spec=SPEC, last_use=0.0)))
+    journal.saw(ev.Arrived("t-1", SPEC), [ev.Weigh("i1", SPEC)], 5.0)
+    journal.saw(ev.Weighed("i1", 9), [ev.Waits("i1", "smollm2-135m waits for memory: ...")], 5.0)
+    journal.saw(ev.Down("i0"), [ev.Start("i1", SPEC)], 7.5)
+    queued, loading = told(journal, "queued", "loading")
+    assert (queued["model"], queued["text"]) == ("smollm2-135m", "smollm2-135m waits for memory: ...")
+    assert loading["text"] == "smollm2-135m begins to load, after 2.50 s of waiting for memory: request t-1 asked for it"
+    assert journal.tally.memory_wait["smollm2-135m",].total == 2.5
+
+
 def test_ready_says_how_long_it_took() -> None:
     journal = Journal()
     load(journal)
@@ -53,8 +64,8 @@ def test_ready_says_how_long_it_took() -> None:
     assert journal.tally.load["smollm2-135m",].total == 2.0
 
 
-def halted(journal: Journal, event: ev.Event, at: float = 130.0) -> None:
-    journal.saw(event, [ev.Halt("i1", False)], at)
+def halted(journal: Journal, event: ev.Event, at: float = 130.0, leaves_for: str = "") -> None:
+    journal.saw(event, [ev.Halt("i1", False, leaves_for)], at)
     journal.saw(ev.Down("i1"), [], at + 1)
 
 
@@ -74,8 +85,8 @@ def leaving(journal: Journal) -> None:
         (lambda j: halted(j, ev.Tick()), "idle", "nobody used it for 20 s"),
         (lambda j: halted(j, ev.StopModel("i1")), "by_hand", "stopped by hand"),
         (by_hand_after_the_last_answer, "by_hand", "stopped by hand"),
-        (lambda j: halted(j, ev.Want("c2", 1, OTHER)), "evicted", "gemma3-270m needed its memory"),
-        (lambda j: halted(j, ev.Arrived("t-2", OTHER)), "evicted", "gemma3-270m needed its memory"),
+        (lambda j: halted(j, ev.Weighed("i2", 9), leaves_for="gemma3-270m needs its memory"), "evicted", "gemma3-270m needs it"),
+        (lambda j: halted(j, ev.Ended("t-2"), leaves_for="more is used"), "evicted", "more is used"),
         (leaving, "leaving", "the daemon leaves"),
         (lambda j: j.saw(ev.Down("i1", GONE), [], 130.0), "died", "signal 9"),
         (lambda j: j.saw(ev.Down("i1", HUNG), [], 130.0), "hung", "xllamacpp hung"),

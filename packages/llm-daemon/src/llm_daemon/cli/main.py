@@ -25,6 +25,7 @@ COMMANDS = {
     "ui": "Open the dashboard in a browser.",
     "stop": "Stop a model, or everything.",
     "load": "Load a model ahead of its first use.",
+    "plan": "Show what loading a model would do.",
     "logs": "Show the logs of daemon and engines.",
     "models": "List, fetch, describe and remove models.",
     "engines": "Show which engines can run here.",

@@ -50,11 +50,17 @@ def _show(state: dict[str, Any], verbose: bool) -> None:
     if not state["instances"]:
         click.echo("no model is loaded")
         return
+    if daemon.get("memory_budget_bytes"):
+        click.echo(
+            f"memory: {size(daemon['memory_promised_bytes'])} of {size(daemon['memory_budget_bytes'])} are kept for models"
+        )
     head = ("MODEL", "ENGINE", "STATE", "MEMORY", "CONTEXT", "LEASES", "BUSY", "LAST USE", "CLOSES")
     table(head, [_row(i) for i in state["instances"]])
     for i in state["instances"]:
         if i.get("error"):
             click.echo(f"{clean(i['model'])}: {clean(i['error'].get('message', ''))}")
+        if i.get("waits_for"):
+            click.echo(clean(i["waits_for"]))
         if verbose:
             click.echo(f"{clean(i['model'])}: pid {i['pid'] or '-'}, keeper {i['keeper_pid'] or '-'}, {i['engine_version']}")
             click.echo(f"  {clean(shlex.join(i['argv']))}\n  log {clean(i['log'])}")
@@ -72,5 +78,10 @@ def _row(i: dict[str, Any]) -> tuple[object, ...]:
     used = "-" if i["state"] != "ready" else "now" if i["idle"] is None or i["running"] else f"{duration(i['idle'])} ago"
     closes = f"in {duration(i['closes_in'])}" if i["closes_in"] is not None else "-"
     return (
-        i["model"], i["engine"] or "-", doing, size(i["memory_bytes"]), i["context"] or "-", len(i["leases"]), busy, used, closes,
+        i["model"], i["engine"] or "-", doing, _memory(i), i["context"] or "-", len(i["leases"]), busy, used, closes,
     )  # fmt: skip
+
+
+def _memory(i: dict[str, Any]) -> str:
+    """What it takes, of what is kept for it."""
+    return size(i["memory_bytes"]) + (f" of {size(i['need_bytes'])}" if i.get("need_bytes") else "")

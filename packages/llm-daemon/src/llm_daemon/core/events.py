@@ -94,6 +94,14 @@ class Down(Fact, frozen=True):
     error: Wire | None = None
 
 
+class Weighed(Fact, frozen=True):
+    """How many bytes of memory `instance` needs, as far as known now: the answer to Weigh, again when its weights were fetched,
+    and whenever its engine was seen to take more."""
+
+    instance: str
+    need: int
+
+
 class StopModel(Fact, frozen=True):
     """By hand: end `instance`; running requests are finished first unless `force`."""
 
@@ -114,11 +122,39 @@ class ExitVetoed(Fact, frozen=True):
 
 
 Event = (
-    Joined | Left | Want | Arrived | Aborting | Cancel | Ended | Progressed | Up | Down | StopModel | Retire | Tick | ExitVetoed
+    Joined
+    | Left
+    | Want
+    | Arrived
+    | Aborting
+    | Cancel
+    | Ended
+    | Progressed
+    | Up
+    | Down
+    | Weighed
+    | StopModel
+    | Retire
+    | Tick
+    | ExitVetoed
 )
 
 
 # Commands -----------------------------------------------------------------------------------------------------
+class Weigh(Fact, frozen=True):
+    """Find out what an engine for `spec` would need of the memory; Weighed must follow."""
+
+    instance: str
+    spec: Spec
+
+
+class Waits(Fact, frozen=True):
+    """`instance` has to wait for memory; `text` says for whose, in one line for people."""
+
+    instance: str
+    text: str
+
+
 class Start(Fact, frozen=True):
     """Start an engine for `spec`; Up or Down must follow."""
 
@@ -127,10 +163,11 @@ class Start(Fact, frozen=True):
 
 
 class Halt(Fact, frozen=True):
-    """End the engine (or its start); Down must follow."""
+    """End the engine (or its start); Down must follow.  `leaves_for`: why, if others need its memory."""
 
     instance: str
     force: bool
+    leaves_for: str = ""
 
 
 class TellReady(Fact, frozen=True):
@@ -180,4 +217,4 @@ class Exit(Fact, frozen=True):
     """Leave, unless somebody stands at the door; then answer ExitVetoed."""
 
 
-Command = Start | Halt | TellReady | TellError | TellProgress | Run | Refuse | Abort | Exit
+Command = Weigh | Waits | Start | Halt | TellReady | TellError | TellProgress | Run | Refuse | Abort | Exit

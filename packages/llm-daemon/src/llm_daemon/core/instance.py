@@ -1,4 +1,4 @@
-"""The life of one instance: absent, starting, ready, draining, stopping, failed."""
+"""The life of one instance: absent, queued, starting, ready, draining, stopping, failed."""
 
 from __future__ import annotations
 
@@ -14,12 +14,14 @@ from .routes import ASIDE
 BACKOFF_FIRST, BACKOFF_MOST = 1.0, 60.0  # seconds between starts of an engine that keeps failing
 ACCIDENTS = 2  # deaths in a row, with no request served between, that do not hold the next request off
 ABANDON_AFTER = 2.0  # seconds a start goes on when nobody waits for it any more: a client that retries finds it warm
+RESIDENCE_LEAST, RESIDENCE_MOST = 0.5, 10.0  # seconds for which one that became ready leaves for nobody; else as its load took
 
 
 class State(StrEnum):
     """Where an instance is.  Only `ready` admits tickets; the three middle ones own a process."""
 
     ABSENT = "absent"  # nothing runs; kept while a lease names it
+    QUEUED = "queued"  # nothing runs yet: it waits for memory (placement.py)
     STARTING = "starting"
     READY = "ready"
     DRAINING = "draining"  # finishes what runs, admits nobody
@@ -34,6 +36,8 @@ class Instance:
     `waiters` are (lease, request) pairs that want to hear of readiness.  `last_use` is the end of the last
     request, the last wish, or the moment the last lease left.  `changed_at` is when `state` last changed, `unready_before`
     the seconds up to then in which it was not ready.  `has_fetched`: this start had to download first.
+    `need`: bytes of memory it takes or will take, None while nobody has looked; `leaves_for`: why it is being ended, if others
+    need its memory.
     """
 
     id: str
@@ -53,6 +57,8 @@ class Instance:
     starts: int = 0
     unready_before: float = 0.0
     has_fetched: bool = False
+    need: int | None = None
+    leaves_for: str = ""
 
     @property
     def has_process(self) -> bool:
@@ -62,6 +68,11 @@ class Instance:
     def is_wanted(self) -> bool:
         """Somebody waits for it or is served by it right now (a lease alone is no use)."""
         return bool(self.waiters or self.lanes.waiting or self.lanes.running)
+
+    @property
+    def stays_until(self) -> float:
+        """As long as it is ready, it leaves for nobody before this moment."""
+        return self.changed_at + min(RESIDENCE_MOST, max(RESIDENCE_LEAST, self.pace.load or 0.0))
 
     def enter(self, state: State, now: float) -> None:
         self.unready_before = self.unready(now)

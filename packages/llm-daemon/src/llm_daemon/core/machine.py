@@ -7,17 +7,17 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from .. import errors
 from ..spec import Spec
-from . import events as ev
+from . import events as ev, refusals
 from .events import Command, Event, Wire
 from .instance import ABANDON_AFTER, ACCIDENTS, Instance, State
 from .lanes import Deadlines, Lanes, Stage, Ticket
 from .leases import VETO_PAUSE, Leases
 from .pace import Pace
+from .placement import Fit, Placement
 from .routes import ASIDE
 
-READIEST = (State.READY, State.STARTING, State.DRAINING, State.STOPPING, State.ABSENT, State.FAILED)
+READIEST = (State.READY, State.STARTING, State.QUEUED, State.DRAINING, State.STOPPING, State.ABSENT, State.FAILED)
 FAILED_SHOWN = 600.0  # seconds a failed instance stays in view after it may be tried again
 PACES = 64  # specs whose pace is remembered when nobody uses them
 
@@ -27,7 +27,8 @@ class Machine:
     """State of the daemon.  The shell may read `instances` to show them; only `handle` changes anything.
 
     `ttl` and `leased_ttl` are seconds an idle model stays, `queue_limit` the requests that may wait for one in each of
-    its lanes, `max_overtake` the seconds for which newcomers may go before one that waits.
+    its lanes, `max_overtake` the seconds for which newcomers may go before one that waits, for a slot or for memory.
+    `budget`: bytes of memory for all engines together, None: no bound.
     """
 
     leases: Leases
@@ -35,12 +36,17 @@ class Machine:
     leased_ttl: float
     queue_limit: int
     max_overtake: float
+    budget: int | None = None
     instances: dict[str, Instance] = field(default_factory=dict)
     tickets: dict[str, Ticket] = field(default_factory=dict)
     keys: dict[str, Ticket] = field(default_factory=dict)  # of those that supersede: the newest ticket with each
     deadlines: Deadlines = field(default_factory=Deadlines)  # of those that wait
     paces: dict[Spec, Pace] = field(default_factory=dict)  # the last used last
     born: int = 0
+    placement: Placement = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.placement = Placement(self.budget, self.max_overtake)
 
     def handle(self, event: Event, now: float) -> list[Command]:
         """Takes one event at monotonic time `now` (seconds); returns commands to be carried out in order."""
@@ -49,7 +55,7 @@ class Machine:
             if isinstance(event, (ev.Ended, ev.Aborting)):
                 self.deadlines.discard(event.ticket)  # over already: nobody is there to hear of a deadline
             for expired in self.deadlines.due(now):  # first, so that nobody is started too late
-                self._cut_short(self.tickets[expired], _expired("was not started by its deadline"), now, out)
+                self._cut_short(self.tickets[expired], refusals.expired("was not started by its deadline"), now, out)
         kind = type(event)
         if kind is ev.Arrived:  # the two that come with every request are asked for first
             self._arrived(event, now, out)  # type: ignore[arg-type]
@@ -57,6 +63,8 @@ class Machine:
             self._ended(event.ticket, event.served, now, out)  # type: ignore[union-attr]
         else:
             self._take(event, now, out)
+        if self.placement.queue or self.placement.crowded:
+            self._make_room(now, out)
         busy = bool(self.tickets)
         for it in list(self.instances.values()):
             if it.state is State.ABSENT or it.state is State.FAILED:
@@ -89,6 +97,9 @@ class Machine:
                 self._up(self.instances[instance], slots, now, out)
             case ev.Down(instance, error):
                 self._down(self.instances[instance], error, now, out)
+            case ev.Weighed(instance, need):
+                if it := self.instances.get(instance):
+                    self._weighed(it, need, now, out)
             case ev.StopModel(instance, force):
                 if it := self.instances.get(instance):
                     self._stop(it, force, now, out)
@@ -106,6 +117,8 @@ class Machine:
     def wake_at(self) -> float | None:
         """When the shell must send the next Tick (monotonic seconds); None if nothing is due by time alone."""
         due = self.leases.exit_at
+        if (at := self.placement.wake_at(self.instances.values())) is not None:
+            due = at if due is None else min(due, at)
         if self.deadlines.heap and (first := self.deadlines.first) is not None:
             due = first if due is None else min(due, first)
         for it in self.instances.values():
@@ -135,29 +148,29 @@ class Machine:
             out.append(ev.TellReady(event.lease, event.request, it.id))
             return
         it.waiters.append((event.lease, event.request))
-        if not it.has_process:  # an explicit wish starts again at once, whatever failed before
-            self._start(it, now, out)
+        if it.state is State.QUEUED and it.need is not None:
+            self._tell_wait(it, it.waiters[-1:], out)
+        elif not it.has_process and it.state is not State.QUEUED:  # an explicit wish starts again at once, whatever failed before
+            self._begin(it, now, out)
 
     # Tickets --------------------------------------------------------------------------------------------------
     def _arrived(self, event: ev.Arrived, now: float, out: list[Command]) -> None:
         if (
             event.supersede is not None and event.supersede in self.keys
         ):  # whatever becomes of the newer one: nobody wants the older any more
-            newer = errors.UsageError("a newer request took its place", code="superseded", status=409)
-            self._cut_short(self.keys[event.supersede], newer.to_wire(), now, out)
+            self._cut_short(self.keys[event.supersede], refusals.superseded(), now, out)
         if self.leases.retiring and not self.leases.holders:
-            leaving = errors.Unavailable("the daemon is leaving", code="draining", hint="ask again", retry_after=1)
-            out.append(ev.Refuse(event.ticket, leaving.to_wire()))
+            out.append(ev.Refuse(event.ticket, refusals.leaving()))
             return
         it = self._place(event.spec, now)
         if it.state is State.FAILED and now < it.retry_at:
-            out.append(ev.Refuse(event.ticket, _later(it, now)))
+            out.append(ev.Refuse(event.ticket, refusals.later(it, now)))
             return
         if event.deadline is not None and now + (wait := it.wait(event.lane, now)) > event.deadline:
             if it.load_left(now):
                 it.pace.doubt_load()
             what = f"would wait about {wait:.1f} s, longer than its deadline allows" if wait else "came after its deadline"
-            out.append(ev.Refuse(event.ticket, _expired(what)))
+            out.append(ev.Refuse(event.ticket, refusals.expired(what)))
             return
         if event.keep_alive is not None:
             it.keep_alive = event.keep_alive
@@ -173,8 +186,8 @@ class Machine:
         self._queue(event, it, now)
         if it.state is State.READY:
             self._admit(it, now, out)
-        elif not it.has_process:
-            self._start(it, now, out)
+        elif not it.has_process and it.state is not State.QUEUED:
+            self._begin(it, now, out)
         if it.lanes.waiting > it.lanes.bound:
             self._shed(it, out)
 
@@ -195,11 +208,7 @@ class Machine:
     def _shed(self, it: Instance, out: list[Command]) -> None:
         for ticket in it.lanes.shed():
             self._let_go(ticket)
-            full = errors.Unavailable(
-                f"{self.queue_limit} requests of its lane already wait for {it.spec.model}",
-                code="queue_full", hint="try again later, or raise queue_limit", retry_after=1,
-            )  # fmt: skip
-            out.append(ev.Refuse(ticket.id, full.to_wire()))
+            out.append(ev.Refuse(ticket.id, refusals.queue_full(it.spec, self.queue_limit)))
 
     def _cut_short(self, ticket: Ticket, error: Wire, now: float, out: list[Command]) -> None:
         """Ends the ticket before its time: at once if it waits, else by way of its engine; one that is aborting is ending."""
@@ -258,16 +267,20 @@ class Machine:
         return self.instances[it.instance].lanes.line(now).index(ticket)
 
     # Instances ------------------------------------------------------------------------------------------------
-    def _place(self, spec: Spec, now: float) -> Instance:
-        """The instance that serves `spec`: the readiest that covers it, else a new one."""
+    def serving(self, spec: Spec) -> Instance | None:
+        """The readiest instance that covers `spec`, if there is one."""
         fits = []
         for it in self.instances.values():
             if it.state is State.READY and it.spec is spec:  # what nearly every request finds
                 return it
-            if it.spec.covers(spec) and not (it.state is State.STARTING and it.spec.risks(spec)):
+            if it.spec.covers(spec) and not (it.state in (State.STARTING, State.QUEUED) and it.spec.risks(spec)):
                 fits.append(it)
-        if fits:
-            return min(fits, key=lambda it: READIEST.index(it.state))
+        return min(fits, key=lambda it: READIEST.index(it.state), default=None)
+
+    def _place(self, spec: Spec, now: float) -> Instance:
+        """The instance that serves `spec`: the readiest that covers it, else a new one."""
+        if (it := self.serving(spec)) is not None:
+            return it
         self.born += 1
         lanes = Lanes(self.queue_limit, self.max_overtake)
         it = Instance(f"i{self.born}", spec, lanes, self._pace(spec), now, changed_at=now)
@@ -281,10 +294,21 @@ class Machine:
             del self.paces[next(iter(self.paces))]
         return pace
 
+    def _begin(self, it: Instance, now: float, out: list[Command]) -> None:
+        """Starts it, or has it wait for a place in memory: what it needs is asked first, and `_make_room` follows each event."""
+        if self.budget is None:
+            self._start(it, now, out)
+            return
+        it.enter(State.QUEUED, now)
+        it.leaves_for = ""
+        self.placement.join(it)
+        out.append(ev.Weigh(it.id, it.spec))
+
     def _start(self, it: Instance, now: float, out: list[Command]) -> None:
         it.enter(State.STARTING, now)
         it.has_fetched = False
         it.error = None
+        it.leaves_for = ""
         it.starts += 1
         out.append(ev.Start(it.id, it.spec))
 
@@ -292,16 +316,18 @@ class Machine:
         it.enter(State.STOPPING, now)
         it.abandon_at = None
         it.lanes.slots = 0
-        out.append(ev.Halt(it.id, force))
+        out.append(ev.Halt(it.id, force, it.leaves_for))
 
     def _stop(self, it: Instance, force: bool, now: float, out: list[Command]) -> None:
         if it.state in (State.READY, State.DRAINING) and it.lanes.running and not force:
             it.enter(State.DRAINING, now)
             return
         if it.state in (State.STARTING, State.READY, State.DRAINING) or (force and it.state is State.STOPPING):
-            stopped = errors.Unavailable(f"{it.spec.model} was stopped by hand", code="stopped", hint="ask again to load it")
-            self._turn_away(it, stopped.to_wire(), out)
+            self._turn_away(it, refusals.stopped(it.spec), out)
+            it.leaves_for = ""
             self._halt(it, force, now, out)
+        elif it.state is State.QUEUED:
+            self._turn_away(it, refusals.stopped(it.spec), out)  # `_make_room` follows: nobody wants it any more
         elif it.state is State.FAILED:
             it.enter(State.ABSENT, now)
 
@@ -322,9 +348,12 @@ class Machine:
         it.abandon_at = None  # loaded for nothing, but loaded: ttl decides now
         it.last_use = now
         it.lanes.slots = it.pace.slots = slots
+        self._take_over(it, now)
         out += [ev.TellReady(lease, request, it.id) for lease, request in it.waiters]
         it.waiters = []
         self._admit(it, now, out)
+        if it.lanes.waiting > it.lanes.bound:
+            self._shed(it, out)
 
     def _down(self, it: Instance, error: Wire | None, now: float, out: list[Command]) -> None:
         before, it.abandon_at, it.lanes.slots = it.state, None, 0
@@ -336,13 +365,61 @@ class Machine:
             if it.failures <= ACCIDENTS:
                 it.retry_at = now  # it did come up: the next request may try at once
             if it.lanes.waiting and it.failures <= ACCIDENTS:
-                self._start(it, now, out)
+                self._begin(it, now, out)
             else:
                 self._turn_away(it, error, out)
         else:
             it.enter(State.ABSENT, now)
             if it.waiters or it.lanes.waiting:  # somebody came while it was stopping
-                self._start(it, now, out)
+                self._begin(it, now, out)
+
+    # Memory ---------------------------------------------------------------------------------------------------
+    def _weighed(self, it: Instance, need: int, now: float, out: list[Command]) -> None:
+        match self.placement.weighed(it, need, self.instances.values()):
+            case Fit.NEVER:
+                self._turn_away(it, refusals.too_large(it.spec, need, self.budget or 0), out)
+                if it.state is State.STARTING:
+                    self._halt(it, False, now, out)
+            case Fit.LATER:  # its clients go on waiting, and start it again
+                it.leaves_for = "its size is known now that it is here, and it has to wait for memory"
+                self._halt(it, False, now, out)
+
+    def _make_room(self, now: float, out: list[Command]) -> None:
+        """Follows every event while somebody waits for memory, or too much is used."""
+        for it in [it for it in self.placement.queue.values() if not it.is_wanted]:
+            self.placement.leave(it)
+            it.enter(State.ABSENT, now)
+        moves = self.placement.moves(self.instances.values(), now)
+        for it, model in moves.leave:
+            it.leaves_for = f"{model} needs its memory" if model else "more memory is used than memory_budget allows"
+            if it.lanes.running:
+                it.enter(State.DRAINING, now)
+            else:
+                self._halt(it, False, now, out)
+        for it in moves.start:
+            self.placement.leave(it)
+            self._start(it, now, out)
+        for it in self.placement.untold():
+            out.append(ev.Waits(it.id, self._tell_wait(it, it.waiters, out)))
+
+    def _tell_wait(self, it: Instance, waiters: list[tuple[str, int]], out: list[Command]) -> str:
+        text = self.placement.why(it, self.instances.values())
+        out += [ev.TellProgress(lease, request, {"phase": "wait", "message": text}) for lease, request in waiters]
+        return text
+
+    def _take_over(self, it: Instance, now: float) -> None:
+        """Whoever waits for memory and can be served by `it`, ready now, needs none."""
+        for other in [other for other in self.placement.queue.values() if it.spec.covers(other.spec)]:
+            self.placement.leave(other)
+            it.leases |= other.leases
+            it.waiters += other.waiters
+            moved = other.lanes.clear_waiting()
+            for ticket in moved:
+                ticket.instance, ticket.unready = it.id, it.unready(now) - (other.unready(now) - ticket.unready)
+            for ticket in sorted(it.lanes.clear_waiting() + moved, key=lambda ticket: ticket.arrived):
+                it.lanes.submit(ticket)
+            other.leases, other.waiters = set(), []
+            other.enter(State.ABSENT, now)
 
     def _check_abandoned(self, it: Instance, now: float) -> None:
         if it.state is State.STARTING and not it.is_wanted and it.abandon_at is None:
@@ -364,17 +441,3 @@ class Machine:
             due = self._closes_at(it)
             if (due is not None and now >= due) or (it.abandon_at is not None and now >= it.abandon_at):
                 self._halt(it, False, now, out)
-
-
-def _later(it: Instance, now: float) -> Wire:
-    """The error of an instance that failed a moment ago, with the time to wait."""
-    error = errors.from_wire(dict(it.error or {}))
-    wait = error.data["retry_after"] = max(1, round(it.retry_at - now))
-    if error.status >= 500:  # worth another try; what was the caller's move stays so
-        error.status, error.hint = 503, f"a request starts it again in {wait} s at the earliest, `llm-daemon load` at once"
-    return error.to_wire()
-
-
-def _expired(what: str) -> Wire:
-    expired = errors.Unavailable(f"the request {what}", code="expired", status=504, hint="allow it more time, or ask again later")
-    return expired.to_wire()

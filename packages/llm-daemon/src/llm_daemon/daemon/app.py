@@ -61,12 +61,14 @@ class Daemon:
         self.settings = born.settings
         self.started = monotonic()
         self.token = born.token
+        self.supervisor = Supervisor(self.settings, born.catalog, born.registry, born.generation, born.log_dir, self.post)
         self.machine = Machine(
             Leases.born(self.settings.linger, self.started),
             self.settings.ttl,
             self.settings.leased_ttl,
             self.settings.queue_limit,
             self.settings.max_overtake,
+            self.supervisor.memory.budget,
         )
         self.desk = DaemonDesk(self)
         self.facts = DaemonFacts(self)
@@ -74,7 +76,6 @@ class Daemon:
         self.admin = Admin(self.facts, os.path.join(f"g-{born.generation}", "admin.sock"))
         self.pump = Pump(self.machine, self._do, saw=self.journal.saw)
         self.control = ControlServer(self)
-        self.supervisor = Supervisor(self.settings, born.catalog, born.registry, born.generation, born.log_dir, self.post)
         self.gateway: Gateway | None = None
         self.beats = 0
         self.is_ghost = False
@@ -150,7 +151,13 @@ class Daemon:
                 self.supervisor.start(instance, spec)
                 if not self.is_looking_out:
                     self._look_out()
-            case ev.Halt(instance, force):
+            case ev.Weigh(instance, spec):
+                self.supervisor.weigh(instance, spec)
+            case ev.Waits(_, text):
+                log.info("%s", text)
+            case ev.Halt(instance, force, leaves_for):
+                if leaves_for:
+                    log.info("%s leaves: %s", self.machine.instances[instance].spec.model, leaves_for)
                 if self.gateway and (live := self.supervisor.live.get(instance)) and live.process:
                     self.gateway.cut(live.process.socket)  # llama-server waits half a minute for open streams after SIGTERM
                 self.supervisor.halt(instance, force)
@@ -275,6 +282,8 @@ class Daemon:
             return status(self)
         if method in TOLD:
             return await self.facts.tell(method, params)
+        if method == "plan":
+            return await self._plan(wished(params.get("wish")))
         if method == "hold":
             pid = params.get("pid")
             self.control.hold(pid if isinstance(pid, int) else 0)
@@ -293,6 +302,13 @@ class Daemon:
         raise errors.RemoteProtocolError(
             f"this daemon ({version()}) has no method {method!r}", hint="are client and daemon of one version?"
         )
+
+    async def _plan(self, wish: Wish) -> dict[str, object]:
+        from . import plan
+
+        spec = self.supervisor.resolve(wish)
+        found = await asyncio.to_thread(plan.look, self.supervisor, spec, self.supervisor.threads())
+        return {**found, "outcome": plan.outcome(self.machine, spec, found["memory"]["need_bytes"], monotonic())}
 
     def _stop(self, model: str | None, force: bool) -> dict[str, object]:
         instances = list(self.machine.instances.values())

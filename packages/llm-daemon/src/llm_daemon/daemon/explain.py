@@ -17,7 +17,7 @@ from .journal import Journal, as_dict
 
 LAST = 20  # requests and events that a summary looks at
 MOST = 10_000
-STORIES = ("loading", "ready", "closed")
+STORIES = ("queued", "loading", "ready", "closed")
 Record = Mapping[str, Any]
 
 

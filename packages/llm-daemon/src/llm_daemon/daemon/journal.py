@@ -23,6 +23,7 @@ from .tally import Tally
 
 log = logging.getLogger("llm_daemon")
 SIZE = 1000  # events in the ring
+WORTH_A_WORD = 0.05  # seconds of waiting for memory
 End = Literal["served", "shed", "superseded", "expired", "cancelled", "refused", "failed"]
 
 
@@ -66,8 +67,8 @@ class Happening(msgspec.Struct, frozen=True):
     """One event of the stream.  `n` counts from 1 in each journal; `time` is wall time.
 
     `kind` and the keys of `what`: `ticket` (a TicketRecord); `arrived` ticket, model, lane; `running` ticket, instance;
-    `joined` and `left` lease; of a model, all with instance, model and a `text` for people: `loading`, `ready` seconds, slots,
-    `closing` why, `closed` why; `lost` count (of events that a slow reader missed).
+    `joined` and `left` lease; of a model, all with instance, model and a `text` for people: `queued` (waits for memory),
+    `loading`, `ready` seconds, slots, `closing` why, `closed` why; `lost` count (of events that a slow reader missed).
     """
 
     n: int
@@ -112,11 +113,12 @@ class Journal:
         self._count = 0
         self._instance, self._who = instance, who
         self._lives: dict[str, _Life] = {}
+        self._wishes: dict[str, tuple[str, float]] = {}  # instances that are weighed or wait: who wanted it, and when
         self._by_hand: set[str] = set()  # instances that somebody stopped and that finish what runs
         self._retiring = False
         self._readers: set[Subscription] = set()
         self._acts: dict[type, Callable[[Any, Any, float], None]] = {
-            ev.Start: self._start, ev.Halt: self._halt, ev.Run: self._run,
+            ev.Weigh: self._weigh, ev.Waits: self._wait, ev.Start: self._start, ev.Halt: self._halt, ev.Run: self._run,
         }  # fmt: skip
         self._notes: dict[type, Callable[[Any, float], None]] = {
             ev.Arrived: self._arrive, ev.Joined: self._join, ev.Left: self._leave,
@@ -195,18 +197,34 @@ class Journal:
         if event.instance in self._lives:
             self._by_hand.add(event.instance)
 
+    def _weigh(self, command: ev.Weigh, event: Event, now: float) -> None:
+        for gone in [name for name in self._wishes if self._instance(name) is None]:
+            del self._wishes[gone]
+        self._wishes[command.instance] = self._cause(event), now
+
+    def _wait(self, command: ev.Waits, _event: Event, now: float) -> None:
+        it = self._instance(command.instance)
+        life = _Life(it.spec.model if it is not None else "", now)
+        self._of(command.instance, life, "queued", command.text)
+
     def _start(self, command: ev.Start, event: Event, now: float) -> None:
+        cause, since = self._wishes.pop(command.instance, (None, now))
+        life = self._lives[command.instance] = _Life(command.spec.model, now)
+        waited = f", after {now - since:.2f} s of waiting for memory" if now - since >= WORTH_A_WORD else ""
+        if cause is not None:
+            self.tally.memory_wait[self.tally.label(life.model),].add(now - since)
+        self._of(command.instance, life, "loading", f"{life.model} begins to load{waited}: {cause or self._cause(event)}")
+
+    def _cause(self, event: Event) -> str:
         match event:
             case ev.Arrived(ticket):
-                cause = f"request {ticket} asked for it"
+                return f"request {ticket} asked for it"
             case ev.Want(lease):
-                cause = f"{self._who(lease)} asked for it"
+                return f"{self._who(lease)} asked for it"
             case ev.Down():
-                cause = "it ended while requests waited for it"
+                return "it ended while requests waited for it"
             case _:
-                cause = "requests wait for it"
-        life = self._lives[command.instance] = _Life(command.spec.model, now)
-        self._of(command.instance, life, "loading", f"{life.model} begins to load: {cause}")
+                return "requests wait for it"
 
     def _up(self, event: ev.Up, now: float) -> None:
         life = self._lives.get(event.instance)
@@ -219,18 +237,17 @@ class Journal:
         text = f"{life.model} is ready after {seconds:.2f} s"
         self._of(event.instance, life, "ready", text, seconds=seconds, slots=event.slots)
 
-    def _halt(self, command: ev.Halt, event: Event, now: float) -> None:
+    def _halt(self, command: ev.Halt, _event: Event, now: float) -> None:
         life = self._lives.get(command.instance)
         if life is None or life.closing:
             return
         it = self._instance(command.instance)
         if command.instance in self._by_hand:
             life.closing, life.text = "by_hand", "it was stopped by hand"
+        elif command.leaves_for:
+            life.closing, life.text = "evicted", command.leaves_for
         elif life.up is None:
             life.closing, life.text = "abandoned", "nobody waited for it any more"
-        elif isinstance(event, (ev.Arrived, ev.Want)):
-            other = event.spec.model
-            life.closing, life.text = "evicted", f"{other} needed its memory"
         elif self._retiring:
             life.closing, life.text = "leaving", "the daemon leaves"
         else:

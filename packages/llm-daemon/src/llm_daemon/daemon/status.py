@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..config import Settings
 from ..core.instance import Instance, State
+from ..core.placement import used
 from . import identity
 
 if TYPE_CHECKING:
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
 
 SHOWN = (
     "ttl", "leased_ttl", "linger", "port", "host", "auth", "queue_limit", "max_overtake", "default_model", "context",
-    "parallel", "threads",
+    "parallel", "threads", "memory_budget",
 )  # fmt: skip
 
 
@@ -25,6 +26,8 @@ def status(daemon: Daemon) -> dict[str, Any]:
 
     Tickets of an instance: `running` is how many hold one of its `slots`, `aborting` how many of these were told to end and
     are still being let go by the engine; `waiting` counts both lanes, `waiting_interactive` one of them.
+    Memory: `memory_bytes` is what an engine takes now, `memory_peak_bytes` what it took at most, as far as seen; `need_bytes`
+    counts against the budget while it has a process, `memory_promised_bytes` is the sum.  `waits_for`: why one is `queued`.
     `stalled_seconds` of an instance that loads or answers: since its engine's last sign of life (core/silence.py).
     """
     now = monotonic()
@@ -36,6 +39,8 @@ def status(daemon: Daemon) -> dict[str, Any]:
             "memory_bytes": identity.memory_bytes(os.getpid()),
             "exit_in": None if machine.leases.exit_at is None else max(0.0, machine.leases.exit_at - now),
             "leases": len(machine.leases.holders),
+            "memory_budget_bytes": machine.budget,
+            "memory_promised_bytes": used(machine.instances.values()),
             "settings": shown(daemon.settings),
         },
         "instances": [_instance(daemon, it, now) for it in machine.instances.values()],
@@ -61,6 +66,9 @@ def _instance(daemon: Daemon, it: Instance, now: float) -> dict[str, Any]:
         "pid": process.pid if process else None,
         "keeper_pid": process.keeper_pid if process else None,
         "memory_bytes": identity.memory_bytes(process.pid) if process else None,
+        "memory_peak_bytes": live.peak if live else None,
+        "need_bytes": it.need,
+        "waits_for": daemon.machine.placement.why(it, daemon.machine.instances.values()) if it.state is State.QUEUED else None,
         "leases": sorted(it.leases),
         "running": it.lanes.taken,
         "aborting": it.lanes.aborting,

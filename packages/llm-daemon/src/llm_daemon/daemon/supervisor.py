@@ -7,7 +7,7 @@ import logging
 import os
 import shutil
 import socket
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -16,17 +16,17 @@ from typing import TYPE_CHECKING, Any
 
 from .. import errors, paths
 from ..config import Settings
-from ..core.events import Down, Event, Progressed, Up
+from ..core.events import Down, Event, Progressed, Up, Weighed
 from ..engines.base import ADDRESS, Grant, Location, Plan, Tcp, usable_cores
 from ..engines.registry import Registry
 from ..models.catalog import Catalog
 from ..models.engine import split as own_model
 from ..models.fetch import fetch
-from ..models.gguf import header as gguf_header
 from ..models.templates import described
 from ..spec import Extra, Spec, Wish
 from .address import TRIES, reserve
 from .logs import RotatingLog
+from .memory import Memory, peak_bytes, room
 from .probe import UNPROBED, Pulse, ask, wait_ready
 from .process import EngineProcess, Exit, scrubbed_env
 from .prompts import PromptCache, identity
@@ -38,7 +38,7 @@ log = logging.getLogger("llm_daemon")
 SOCKET = "engine.sock"
 KEEPER_DEATHS = 8  # in one start, before we say so: whoever kills keepers, it is no fault of the engine's
 LAST_REQUEST = 1.0  # seconds, see engines.base.Stop
-BEYOND = 4  # times the machine's memory: what no GPU beside it would make up for
+LOOK_AGAIN = 10.0  # seconds between two looks at what an engine in use takes of the memory
 RESOLVED, RESOLVED_FOR = 256, 5.0  # wishes remembered, and seconds for which a name keeps its meaning
 
 
@@ -63,6 +63,8 @@ class Live:
     folder: str = ""
     prompts: str | None = None  # folder of what its conversations left
     reserved: socket.socket | None = None  # a port, until its process takes it over
+    peak: int | None = None  # bytes that it took at most, as far as seen
+    looked: float = 0.0  # when that was
     ending: bool = False  # a failed or abandoned start clears up: too late to cancel it
 
 
@@ -81,6 +83,7 @@ class Supervisor:
         self.settings = settings
         self.catalog = catalog
         self.live: dict[str, Live] = {}
+        self.memory = Memory(settings, registry)
         self.registry = registry
         self._generation = generation
         self._log_dir = log_dir
@@ -88,6 +91,7 @@ class Supervisor:
         self._locating: asyncio.Task[None] | None = None
         self._starts = 0
         self.prompts = PromptCache(os.path.join(paths.state_dir(), "prompts"), settings.prompt_cache_limit)
+        self._tasks: set[asyncio.Task[None]] = set()
         self._resolved: dict[Wish | str, tuple[Spec, float]] = {}
         self.spawned = asyncio.Event()  # an engine process was started, for the first time
 
@@ -137,7 +141,7 @@ class Supervisor:
                 )
             engine = owner
         adapter, _ = self.registry.choose(path, engine, spec.special)
-        for args, code in ((wish.args, "bad_args"), (self._configured(adapter.name), "bad_config")):
+        for args, code in ((wish.args, "bad_args"), (self.configured(adapter.name), "bad_config")):
             if args and (reason := adapter.refuse(args)):
                 raise errors.UsageError(reason, code=code)
         full = replace(
@@ -148,9 +152,51 @@ class Supervisor:
         )
         return replace(spec, full=full)
 
-    def _configured(self, engine: str) -> tuple[str, ...]:
+    def configured(self, engine: str) -> tuple[str, ...]:
         """Extra flags from `[engines.NAME] args`."""
         return tuple(map(str, self.settings.engines.get(engine, {}).get("args", ())))
+
+    # Memory ---------------------------------------------------------------------------------------------------
+    def weigh(self, instance: str, spec: Spec) -> None:
+        """Finds out what an engine for `spec` needs; Weighed follows."""
+        self._spawn(self._weigh(instance, spec))
+
+    def _spawn(self, job: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.create_task(job)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _weigh(self, instance: str, spec: Spec) -> None:
+        need = 0
+        try:
+            need = (await asyncio.to_thread(self.memory.weigh, spec)).need
+        except errors.LlmDaemonError:
+            pass  # a bad file, no engine: its start will say so
+        except Exception:
+            log.exception("weighing %s failed", spec.model)
+        self._post(Weighed(instance, need))
+
+    async def _look(self, instance: str, live: Live, is_over: bool = False) -> None:
+        """What its engine took until now is learned, and counts from now on."""
+        process = live.process
+        if process is None or process.exit is not None:
+            return
+        live.looked = monotonic()
+        try:
+            found = await asyncio.to_thread(self._learn, live.spec, process.pid, is_over)
+        except Exception:
+            log.exception("looking at the memory of %s failed", live.spec.model)
+            return
+        if found is not None and live.process is process:
+            live.peak = max(live.peak or 0, found)
+            if not is_over:
+                self._post(Weighed(instance, live.peak))
+
+    def _learn(self, spec: Spec, pid: int, is_over: bool) -> int | None:
+        peak = peak_bytes(pid)
+        if peak is not None:
+            self.memory.learn(spec, peak, is_over)
+        return peak
 
     # Start ----------------------------------------------------------------------------------------------------
     def start(self, instance: str, spec: Spec) -> None:
@@ -187,6 +233,7 @@ class Supervisor:
             assert live.plan is not None
             log.info("%s is ready: %s, pid %s", instance, live.engine, live.process and live.process.pid)
             self._post(Up(instance, live.plan.slots))
+            self._spawn(self._look(instance, live))
             return
         live.ending = True
         process, live.process = live.process, None
@@ -216,29 +263,22 @@ class Supervisor:
         beside = [(extra, str(await fetch(extra.artifact, root, progress))) for extra in spec.extras]
         adapter, where = self.registry.choose(str(path), full.engine, spec.special)
         name = adapter.name
-        context = full.context or self.settings.context
         about = await asyncio.to_thread(described, spec.artifact, Path(path))
         if about.get("template_changed"):
             log.warning("%s: its chat template is not the one it was: `llm-daemon models show --template`", spec.model)
-        if str(path).endswith(".gguf"):
-            header = await asyncio.to_thread(gguf_header, path, stored=spec.artifact.source != "file")
-            if spec.wish.context is None and header.context_length:
-                context = min(context, header.context_length)
-            parallel = full.parallel or self.settings.parallel
-            need = header.tensor_bytes + (header.kv_bytes_per_token or 0) * context * parallel
-            if need > BEYOND * (memory := os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")):
-                raise errors.UsageError(
-                    f"{spec.model} would need some {need / 1e9:,.0f} GB ({context} tokens for {parallel} conversations); "
-                    f"this machine has {memory / 1e9:.0f} GB",
-                    code="too_large", hint="ask for a smaller context",
-                )  # fmt: skip
+        if self.memory.budget is None:
+            await asyncio.to_thread(self.memory.check, spec, str(path))
+        else:  # known better now, if it had to be fetched; if there is no place for it, this is where we are cancelled
+            self._post(Weighed(instance, (await asyncio.to_thread(self.memory.weigh, spec)).need))
+            await asyncio.sleep(0)
+        context, parallel, _ = await asyncio.to_thread(room, self.settings, spec, str(path))
         progress({"phase": "load", "message": f"{name} loads {spec.model}"})
         live.reserved = reserve()
         host, port = live.reserved.getsockname()
         grant = Grant(
             model_path=str(path), alias=spec.model, socket=SOCKET, context=context,
-            parallel=full.parallel or self.settings.parallel, threads=self._threads(), gpu_layers=full.gpu_layers,
-            args=(*self._configured(name), *full.args), host=host, port=port, key=os.urandom(16).hex(),
+            parallel=parallel, threads=self.threads(), gpu_layers=full.gpu_layers,
+            args=(*self.configured(name), *full.args), host=host, port=port, key=os.urandom(16).hex(),
             mode=spec.mode, **loaded_beside(beside),
         )  # fmt: skip
         live.prompts = await asyncio.to_thread(self._prompts, [str(path), *(p for _, p in beside)], full, where, grant)
@@ -279,7 +319,7 @@ class Supervisor:
         about = [full.engine, where.version, grant.context, grant.parallel, full.gpu_layers, grant.mode, grant.lora, grant.args]
         return self.prompts.folder(identity(files, where.argv[0], {"options": about, "site": where.argv[1:]}))
 
-    def _threads(self) -> int:
+    def threads(self) -> int:
         """Cores minus one, shared with the engines that run already: spinning on all cores costs a factor of 3 to 70."""
         if self.settings.threads:
             return min(self.settings.threads, usable_cores())
@@ -291,13 +331,15 @@ class Supervisor:
         """Looks for signs of life while calls are open, and ends an engine that hangs; Down follows.  May be called twice."""
         live = self.live[instance]
         if live.watch is None and live.process is not None and live.pulse is not None:
-            live.watch = asyncio.create_task(self._watch(live, live.process, live.pulse, pool))
+            live.watch = asyncio.create_task(self._watch(instance, live, live.process, live.pulse, pool))
 
-    async def _watch(self, live: Live, process: EngineProcess, pulse: Pulse, pool: Pool) -> None:
+    async def _watch(self, instance: str, live: Live, process: EngineProcess, pulse: Pulse, pool: Pool) -> None:
         path = process.socket
         pulse.begin()
         try:
             while process.exit is None and live.stop is None and (calls := pool.open(path)):
+                if monotonic() - live.looked > LOOK_AGAIN:
+                    await self._look(instance, live)
                 if all(call.is_paused for call in calls):
                     pulse.begin()  # silent because its clients do not read
                 elif reason := pulse.look(UNPROBED, pool.heard(path), unseen=True):
@@ -325,17 +367,23 @@ class Supervisor:
             live.stop = asyncio.create_task(self._stop(instance, live, live.process, force))
 
     async def _stop(self, instance: str, live: Live, process: EngineProcess, force: bool) -> None:
-        if (last := process.plan.stop.request) is not None and not force:
-            with suppress(Exception):  # whatever it answers: it is told to go next
-                async with asyncio.timeout(LAST_REQUEST):
-                    await ask(process, last, process.plan.headers)
-        if not force and live.prompts and live.plan and live.plan.saved_slots:
-            await self.prompts.save(process, live.prompts, live.plan.saved_slots, live.spec.model)
+        if not force:
+            await self._look(instance, live, is_over=True)
+            await self._last_words(process, live)
         await process.stop(force)
         if live.process is process:  # a second, forceful call may have been quicker
             live.process = None
             self._cleared(live)
             self._post(Down(instance))
+
+    async def _last_words(self, process: EngineProcess, live: Live) -> None:
+        """What an engine is asked before it is told to go."""
+        if live.prompts and process.plan.saved_slots:
+            await self.prompts.save(process, live.prompts, process.plan.saved_slots, live.spec.model)
+        if (last := process.plan.stop.request) is not None:
+            with suppress(Exception):  # whatever it answers: it is told to go next
+                async with asyncio.timeout(LAST_REQUEST):
+                    await ask(process, last, process.plan.headers)
 
     def _exited(self, instance: str, live: Live, exit: Exit) -> None:
         """An engine ended.  On our word, or while starting: whoever asked is waiting and reports."""

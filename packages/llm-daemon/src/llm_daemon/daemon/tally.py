@@ -78,6 +78,7 @@ class Tally:
         self.rows: dict[tuple[str, str], Row] = {}  # model, lane
         self.loads: dict[tuple[str, str], int] = defaultdict(int)  # model, `ready`, `failed` or `abandoned`
         self.closes: dict[tuple[str, str], int] = defaultdict(int)  # model, why
+        self.memory_wait: dict[tuple[str], Histogram] = defaultdict(Histogram)  # model
         self.load: dict[tuple[str], Histogram] = defaultdict(Histogram)  # model
         self._models: set[str] = set()
 

@@ -213,6 +213,15 @@ class Adapter(Protocol):
         ...
 
 
+@runtime_checkable
+class Weighs(Protocol):
+    """For an adapter that knows better than a GGUF file's header what its engine needs of the host's memory."""
+
+    def memory(self, spec: Spec, grant: Grant) -> int | None:
+        """Bytes for the weights at `grant.model_path` with these options; None if it cannot tell.  Must not block for long."""
+        ...
+
+
 def options_of(adapter: Adapter) -> frozenset[str]:
     """Those of spec.SPECIAL that this engine can meet; none if it does not say."""
     found: frozenset[str] = getattr(adapter, "options", frozenset())

@@ -75,6 +75,7 @@ class GgufInfo:
     `tensor_bytes` is the weights' size in memory, `n_params` the number of weights in this file.
     `kv_bytes_per_token` is the cache one token of context needs with 16-bit keys and values in every layer: an upper
     bound for models with sliding windows or recurrent layers.  `split_count` is above 1 for the first of several files.
+    `vocabulary`: the number of tokens it knows.
     A chat template is a program: it is known by its hash here, and never run.
     """
 
@@ -93,6 +94,7 @@ class GgufInfo:
     kv_bytes_per_token: int | None
     split_count: int
     chat_template_sha256: str | None = None
+    vocabulary: int | None = None
 
 
 class _Short(Exception):
@@ -293,10 +295,10 @@ def _alignment(meta: dict[str, object]) -> int:
     return align
 
 
-def _tensors(data: bytes, pos: int, size: int, count: int, align: int) -> tuple[int, int]:
-    """(bytes, weights) of all tensors, each checked to lie inside the file."""
+def _tensors(data: bytes, pos: int, size: int, count: int, align: int) -> tuple[int, int, int | None]:
+    """(bytes, weights, rows of the token embedding) of all tensors, each checked to lie inside the file."""
     spans: list[tuple[int, int]] = []
-    params = 0
+    params, rows = 0, None
     for _ in range(count):
         name, pos = _string(data, pos, size)
         dims = _unpack("<I", data, pos)[0]
@@ -305,6 +307,8 @@ def _tensors(data: bytes, pos: int, size: int, count: int, align: int) -> tuple[
         *shape, kind, offset = _unpack(f"<{dims}QIQ", data, pos + 4)
         pos += 4 + 8 * dims + 12
         weights = math.prod(shape)
+        if name == "token_embd.weight" and len(shape) == 2:
+            rows = shape[1]
         if offset % align:
             raise _Corrupt(f"is corrupt: tensor {name[:80]!r} lies at the odd offset {offset:,}")
         # A type newer than this table still has an offset to check; its length is taken as nothing.
@@ -318,10 +322,10 @@ def _tensors(data: bytes, pos: int, size: int, count: int, align: int) -> tuple[
     if need > size:
         raise _Corrupt(f"is truncated: it needs {need:,} bytes and has {size:,}")
     known = all(length for _, length in spans)
-    return (sum(length for _, length in spans) if known else max(0, size - start)), params
+    return (sum(length for _, length in spans) if known else max(0, size - start)), params, rows
 
 
-def _describe(meta: dict[str, object], version: int, tensors: int, tensor_bytes: int, params: int) -> GgufInfo:
+def _describe(meta: dict[str, object], version: int, tensors: int, tensor_bytes: int, params: int, rows: int | None) -> GgufInfo:
     def text(key: str) -> str | None:
         value = meta.get(key)
         return value[:200] if isinstance(value, str) else None
@@ -349,6 +353,7 @@ def _describe(meta: dict[str, object], version: int, tensors: int, tensor_bytes:
         kv_bytes_per_token=_kv_bytes(meta, f"{arch}."),
         split_count=number("split.count") or 1,
         chat_template_sha256=hashlib.sha256(template.encode()).hexdigest() if isinstance(template, str) else None,
+        vocabulary=rows,
     )
 
 

@@ -71,6 +71,10 @@ class Store:
         """What is known of a fetched model; None if it is not here whole."""
         return self._read(self.folder(artifact)) if artifact.source != "file" else None
 
+    def place(self, artifact: Artifact) -> Path:
+        """Where the weights are, or will be once they are fetched."""
+        return Path(artifact.locator) if artifact.source == "file" else self.folder(artifact) / _file_name(artifact, 1)
+
     def size(self, artifact: Artifact) -> int | None:
         """The bytes of all its weights, if they are here."""
         if artifact.source == "file":

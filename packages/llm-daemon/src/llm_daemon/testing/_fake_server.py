@@ -40,6 +40,7 @@ class Server:
         self.stuck = False
         self.count = 0
         self.lock = threading.Lock()
+        self.held: list[bytes] = []
 
     def log(self, text: str) -> None:
         if not self.scenario.get("silent"):
@@ -65,7 +66,11 @@ class Server:
         while True:
             signal.pause()
 
+    def take(self, key: str) -> None:
+        self.held.append(b"x" * self.scenario.pop(key, 0))
+
     def load(self) -> None:
+        self.take("allocates")
         end = time.monotonic() + self.scenario.get("load_seconds", 0)
         pause = self.scenario.get("load_noise_ms", 0) / 1000
         while self.scenario.get("never_ready") or (left := end - time.monotonic()) > 0:
@@ -167,6 +172,7 @@ class Server:
             with self.lock:
                 self.count += 1
                 number = self.count
+                self.take("allocates_later")
             self.log(f"request {number} begin {path}")
             if self.scenario.get("while_loading") == "ready" and number == 1:
                 self.load()

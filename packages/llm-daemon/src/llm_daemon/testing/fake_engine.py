@@ -31,6 +31,8 @@ In a daemon: `[engines.fake] adapter = "llm_daemon.testing.fake_engine:FakeEngin
 | `grandchild` | leaves its tree with a double-forked, setsid'ed process that ignores SIGTERM; `"scrubbed"`: without environment |
 | `error_status` | answers each completion with that HTTP status |
 | `echo` | says the words of the last user message or prompt instead of `tokens` |
+| `memory_bytes` | the adapter says that it needs so much (not given: it cannot tell) |
+| `allocates` | takes so many bytes while loading, and `allocates_later` more with its first request |
 | `stall`, `grace` | seconds, for the plan: see `engines.base.Plan` and `Stop` |
 
 Its log on stderr tells what happens, one event a line: `listening`, `ready`, `grandchild PID`, `request N begin PATH`,
@@ -107,6 +109,11 @@ class FakeEngine:
             deaf=STREAMS if late == "deaf" else frozenset(), confirms_hangup=late is not True,
             served_id=grant.alias if scenario.get("strict_model") else None, routes=None if only is None else frozenset(only),
         )  # fmt: skip
+
+    def memory(self, spec: Spec, grant: Grant) -> int | None:
+        with open(grant.model_path) as f:
+            told: int | None = json.load(f).get("memory_bytes")
+        return told
 
     def diagnose(self, exit_status: int | None, last_words: str) -> tuple[str, str]:
         lines = [line for line in last_words.splitlines() if line.startswith("error: ")]

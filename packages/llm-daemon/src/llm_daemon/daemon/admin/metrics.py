@@ -59,6 +59,7 @@ class DaemonCollector(Collector):
         tally = self._facts.journal.tally
         yield _counter("loads", "Starts of engines", ["model", "outcome"], tally.loads)
         yield _histogram("load_seconds", "From the start of an engine to its readiness", ["model"], tally.load)
+        yield _histogram("memory_wait_seconds", "Wait for a place in memory, before a start", ["model"], tally.memory_wait)
         yield _counter("closes", "Loaded models that were closed, and why", ["model", "why"], tally.closes)
 
 
@@ -73,6 +74,9 @@ def _instances(instances: list[dict[str, Any]]) -> Iterator[Metric]:
     loaded = GaugeMetricFamily(PREFIX + "models_loaded", "Models that answer")
     loaded.add_metric([], sum(it["state"] in ("ready", "draining") for it in instances))
     yield loaded
+    queued = GaugeMetricFamily(PREFIX + "models_queued", "Models that wait for a place in memory")
+    queued.add_metric([], sum(it["state"] == "queued" for it in instances))
+    yield queued
     waiting = GaugeMetricFamily(PREFIX + "waiting", "Requests that wait", labels=["model", "lane"])
     lanes: dict[tuple[str, str], int] = {}
     for it in instances:
@@ -86,6 +90,7 @@ def _instances(instances: list[dict[str, Any]]) -> Iterator[Metric]:
         "running": ("Requests that an engine works on", "running"),
         "aborting": ("Requests among them that were told to end", "aborting"),
         "slots": ("Requests an engine serves at once", "slots"),
+        "engine_need_bytes": ("Memory that is kept for an engine", "need_bytes"),
         "engine_memory_bytes": ("Memory of an engine, shared pages by share", "memory_bytes"),
     }
     for name, (text, key) in gauges.items():
@@ -103,6 +108,8 @@ def _daemon(daemon: dict[str, Any]) -> Iterator[Metric]:
     for name, text, value in (
         ("leases", "Processes that hold the daemon", daemon["leases"]),
         ("uptime_seconds", "Age of the daemon", daemon["uptime"]),
+        ("memory_budget_bytes", "Memory that all engines together may take", daemon.get("memory_budget_bytes")),
+        ("memory_promised_bytes", "Memory that is kept for engines", daemon.get("memory_promised_bytes")),
         ("memory_bytes", "Memory of the daemon itself, shared pages by share", daemon["memory_bytes"]),
     ):
         gauge = GaugeMetricFamily(PREFIX + name, text)
