@@ -200,3 +200,23 @@ def test_an_engine_that_can_is_chosen_and_one_that_cannot_says_so() -> None:
     assert (error.code, error.message) == ("unsupported_option", "fake cannot load a model with lora, mode")
     assert error.hint == "leave it out, or use the engine able"
     assert refusal(lambda: registry.choose(None, options=frozenset({"draft"}))).hint == "leave it out"
+
+
+def test_what_is_loaded_beside_a_model_takes_memory_too(tmp_path: Path) -> None:
+    from llm_daemon.config import Settings
+    from llm_daemon.daemon.memory import Memory, key
+
+    gguf, np = pytest.importorskip("gguf"), pytest.importorskip("numpy")
+    for name in ("m", "a"):
+        out = gguf.GGUFWriter(tmp_path / f"{name}.gguf", "llama")
+        out.add_tensor("t.weight", np.zeros((100, 1000), dtype=np.float32))
+        out.write_header_to_file()
+        out.write_kv_data_to_file()
+        out.write_tensors_to_file()
+        out.close()
+    model = str(tmp_path / "m.gguf")
+    plain, more = (Catalog.load({}).resolve(Wish.of(model, lora=lora)) for lora in ([], [str(tmp_path / "a.gguf")]))
+    memory = Memory(Settings(), Registry({}), str(tmp_path / "memory.json"))
+    first, second = memory.estimate(plain, model), memory.estimate(more, model)
+    assert first and second and second.total - first.total == 400_000
+    assert key(plain) != key(more)
