@@ -56,7 +56,7 @@ def sections(llama_server: str | None = None, model: str = "smollm2-135m") -> di
         ),
         "many": ("8b. Six models in memory for two", functools.partial(many.many, llama_server=llama_server, model=model)),
         "prompt-cache": (
-            "10. A long conversation after an unload",
+            "8c. A long conversation after an unload",
             functools.partial(prompt_cache.prompt_cache, llama_server=llama_server, model=model),
         ),
         # The longest is the last: it is the one cut short where the time is over.
