@@ -23,7 +23,7 @@ from typing import Any, NoReturn
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[0] = str(ROOT)  # run as a script: our folder's name is the package
 
-from benchmarks import congestion, gateway, growth, hangup, many, peers, real, scripted  # noqa: E402
+from benchmarks import congestion, gateway, growth, hangup, many, peers, prompt_cache, real, scripted  # noqa: E402
 from benchmarks.lab import FULL, QUICK, TINY, Effort, own_environment  # noqa: E402
 from benchmarks.report import Section, busy_percent, machine, program_version, show, show_machine  # noqa: E402
 from rich.console import Console  # noqa: E402
@@ -55,6 +55,10 @@ def sections(llama_server: str | None = None, model: str = "smollm2-135m") -> di
             functools.partial(congestion.congestion, llama_server=llama_server, model=model),
         ),
         "many": ("8b. Six models in memory for two", functools.partial(many.many, llama_server=llama_server, model=model)),
+        "prompt-cache": (
+            "8c. A long conversation after an unload",
+            functools.partial(prompt_cache.prompt_cache, llama_server=llama_server, model=model),
+        ),
         # The longest is the last: it is the one cut short where the time is over.
         "hangup": (
             "9. Hang-up until the slot is free", functools.partial(hangup.hangup, llama_server=llama_server, model=model),

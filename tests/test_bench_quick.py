@@ -121,6 +121,14 @@ def test_congestion_and_hang_ups_on_a_real_engine(short_tmp: Path, smollm2: str)
     assert ["xllamacpp"] * 2 == [row["what"].partition(":")[0] for row in hangup["rows"]][:2]
 
 
+@pytest.mark.real
+def test_a_conversation_after_an_unload(short_tmp: Path, smollm2: str) -> None:
+    (section,) = run(short_tmp, "--only", "prompt-cache", "--model", smollm2)["sections"]
+    for found in section["extra"].values():
+        assert found["without"][0]["known"] == 0
+        assert found["with"][0]["known"] > found["with"][0]["read"]
+
+
 def test_an_unknown_section_is_named() -> None:
     done = subprocess.run(
         [sys.executable, str(SCRIPT), "--only", "nope"], stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=30

@@ -3,7 +3,8 @@
     python tools/quantize.py MODEL.gguf Q2_K             # prints the path in the cache
     python tools/quantize.py MODEL.gguf Q2_K OUT.gguf    # and puts it there as well (a hard link where that works)
 
-From Python: `tools.quantize.quantize(model, "Q2_K")`.  Needs llama-quantize (build_llama_server.py builds it; status 75 without a compiler).
+From Python: `tools.quantize.quantize(model, "Q2_K")`.  Needs llama-quantize, which build_llama_server.py builds (status 75
+without a compiler).
 A model that is quantized already is quantized anew, which loses quality: good for measuring and testing, not for use.
 """
 

@@ -32,6 +32,7 @@ class Settings:
     `memory_budget`: memory for all models together, `8GiB`, `50%` of what there is, or `none` for no bound (budget.py).
     `context`, `parallel`: what a model is loaded with when nobody says.  `history_limit`: requests that the
     history in the state folder keeps, 0 for no history; `history_prompts`: with their bodies, which hold what was asked.
+    `prompt_cache_limit`: bytes on disk for what conversations leave in an engine until it is loaded again; 0 keeps nothing.
     `allow_origins`: web pages that may use the gateway.  `remote_media`: whether engines may fetch images that a request
     names by URL.  `tls_host`: address where other machines may use it, at `tls_port`, which needs the files `tls_cert`, `tls_key`
     (PEM) and `tls_token_file` (a key of your own).
@@ -55,6 +56,7 @@ class Settings:
     memory_budget: str = "75%"
     history_limit: int = 10_000
     history_prompts: bool = False
+    prompt_cache_limit: int = 2_000_000_000
     allow_origins: tuple[str, ...] = ()
     remote_media: bool = False
     tls_host: str | None = None
@@ -186,6 +188,7 @@ _CHECKS: dict[str, tuple[Callable[[Any], Any], str]] = {
     "memory_budget": (_memory, "an amount like '8GiB' or '50%', or 'none'"),
     "history_limit": (_number(0, 10_000_000), "a whole number, 0 or more"),
     "history_prompts": (_flag, "true or false"),
+    "prompt_cache_limit": (_number(0, 2**62), "bytes, 0 or more"),
     "allow_origins": (_origins, "origins like https://app.example, in a list or separated by commas"),
     "remote_media": (_flag, "true or false"),
     "tls_host": (_address, "an IP address"),

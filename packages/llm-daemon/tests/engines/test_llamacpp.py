@@ -108,6 +108,11 @@ def test_a_folder_is_not_accepted(tmp_path: Path) -> None:
         ["--mmproj-url", "u"],
         ["--flash-attn", "on", "--host", "x"],
         ["--log-prompts-dir", "d"],
+        ["--embedding"],
+        ["--rerank"],
+        ["--lora", "a"],
+        ["-mm", "p"],
+        ["-md", "d"],
         ["--no-models-autoload"],
     ],
 )
@@ -122,13 +127,13 @@ def test_every_refused_flag_is_refused_in_each_spelling() -> None:
             assert LlamaServer().refuse([spelling]), spelling
 
 
-@pytest.mark.parametrize("args", [[], ["--flash-attn", "on"], ["-ub", "256"], ["--temp", "-1"], ["--embedding"], ["--jinja"]])
+@pytest.mark.parametrize("args", [[], ["--flash-attn", "on"], ["-ub", "9"], ["--temp", "-1"], ["--pooling", "mean"], ["--jinja"]])
 def test_flags_that_pass(args: list[str]) -> None:
     assert LlamaServer().refuse(args) is None
 
 
 def test_xllamacpp_takes_a_short_list_of_flags() -> None:
-    assert Xllamacpp().refuse(["--embedding", "-ub", "256", "--cache-ram=0"]) is None
+    assert Xllamacpp().refuse(["--swa-full", "-ub", "256", "--cache-ram=0"]) is None
     assert "--flash-attn" in str(Xllamacpp().refuse(["--flash-attn", "on"]))
     assert "needs a value" in str(Xllamacpp().refuse(["-ub"]))
     assert "needs a value" in str(Xllamacpp().refuse(["-ub", "many"]))
@@ -388,4 +393,4 @@ def test_every_parameter_is_known_to_the_installed_package() -> None:
     known = set(json.loads(subprocess.run([sys.executable, "-c", code], capture_output=True, check=True).stdout))
     plan = Xllamacpp().plan(SPEC, Location(("py",), "1", "t"), GRANT)
     ours = set(json.loads(plan.argv[-1])) | {attribute for attribute, _ in xllamacpp._FLAGS.values()}
-    assert ours - known == {"threads"}
+    assert ours - known == {"threads", "mode", "pooling", "draft", "lora"}  # parts of several others

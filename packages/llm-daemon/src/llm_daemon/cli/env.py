@@ -6,6 +6,7 @@ import json
 import os
 import shlex
 import sys
+from typing import Any
 
 import click
 
@@ -30,13 +31,13 @@ from .words import is_terminal, load_options, note, subcommand
     "--pid", type=click.IntRange(min=1), metavar="PID", help="Keep the endpoint while this process lives, not the caller."
 )
 @load_options
-def command(model: str | None, shell: str, json_: bool, pid: int | None, engine: str | None, context: int | None) -> None:
+def command(model: str | None, shell: str, json_: bool, pid: int | None, load: dict[str, Any]) -> None:
     """Print variables that point a shell's programs to a model.
 
     Sets OPENAI_BASE_URL, OPENAI_API_KEY and OPENAI_MODEL. The endpoint stays up until the shell that called this ends;
     the model is loaded by the first request. The default model is taken if none is named.
     """
-    spec = link.resolve(model if model is not None else link.default_model(), engine=engine, context=context)
+    spec = link.resolve(model if model is not None else link.default_model(), **load)
     shell = "json" if json_ else shell
     talk = link.sync.connect()
     try:

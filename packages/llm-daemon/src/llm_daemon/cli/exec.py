@@ -32,7 +32,7 @@ SI_KERNEL = 0x80  # <bits/siginfo-consts.h>: sent by the kernel itself, as for a
 @load_options
 @quiet_option
 @click.argument("cmd", nargs=-1, required=True, type=click.UNPROCESSED)
-def command(model: str | None, engine: str | None, context: int | None, quiet: bool, cmd: tuple[str, ...]) -> int:
+def command(model: str | None, load: dict[str, Any], quiet: bool, cmd: tuple[str, ...]) -> int:
     """Run a program with a model at hand.
 
     CMD finds OPENAI_BASE_URL, OPENAI_API_KEY and OPENAI_MODEL in its environment. The model is loaded before it starts and held
@@ -42,7 +42,7 @@ def command(model: str | None, engine: str | None, context: int | None, quiet: b
     program = _find(cmd[0])
     if isinstance(program, int):
         return program
-    with link.attach(model if model is not None else link.default_model(), quiet, engine=engine, context=context) as lease:
+    with link.attach(model if model is not None else link.default_model(), quiet, **load) as lease:
         return _run(program, cmd, {**os.environ, **variables(lease)}, lease)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import click
 
 from . import link
@@ -21,15 +23,13 @@ from .words import as_json, json_option, load_options, quiet_option, subcommand
 @load_options
 @json_option
 @quiet_option
-def command(
-    model: str | None, keep_alive: float | None, engine: str | None, context: int | None, json_: bool, quiet: bool
-) -> None:
+def command(model: str | None, keep_alive: float | None, load: dict[str, Any], json_: bool, quiet: bool) -> None:
     """Load a model ahead of its first use.
 
     Returns when it answers. It then closes as any other: some time after its last use.
     """
     name = model if model is not None else link.default_model()
-    with link.attach(name, quiet, keep_alive, engine=engine, context=context) as lease:
+    with link.attach(name, quiet, keep_alive, **load) as lease:
         if json_:
             facts = {"model": lease.model, "engine": lease.engine, "pid": lease.pid, "instance": lease.instance}
             as_json({**facts, "base_url": lease.base_url})

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
+import hashlib
+import shlex
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -10,13 +13,16 @@ import click
 
 from .. import errors, paths
 from ..config import Settings
+from ..engines.base import Missing
+from ..engines.registry import Registry
 from ..models.catalog import Catalog
-from ..models.gguf import header
+from ..models.gguf import chat_template, header
 from ..models.sources import named as source_text
 from ..models.store import Store
-from ..spec import Artifact, Wish
+from ..models.templates import Seen, templates
+from ..spec import GENERATE, Artifact, Wish
 from . import link
-from .words import as_json, clean, duration, example_block, json_option, quiet_option, size, subcommand, table
+from .words import as_json, clean, duration, example_block, json_option, note, quiet_option, size, subcommand, table
 
 
 @click.group(
@@ -117,6 +123,10 @@ def pull(model: str, json_: bool, quiet: bool) -> None:
         as_json(result)
     else:
         click.echo(f"{clean(result['path'])} ({size(result['size'])}, {duration(result['seconds'])})")
+        if result.get("license"):
+            click.echo(f"license: {clean(result['license'])}")
+    if result.get("template_changed"):
+        note(f"its chat template is not the one it was: llm-daemon models show {shlex.quote(model)} --template", quiet)
 
 
 @subcommand(
@@ -124,34 +134,84 @@ def pull(model: str, json_: bool, quiet: bool) -> None:
     """
     llm-daemon models show smollm2-135m
     llm-daemon models show ./my-model.gguf --json | jq .header.context_length
+    llm-daemon models show smollm2-135m --template       its chat template, and how it has changed
     """,
 )
 @click.argument("model")
+@click.option("--template", is_flag=True, help="Print the chat template, which is a program, as the text it is.")
 @json_option
-def show(model: str, json_: bool) -> None:
-    """Describe a model: where it comes from, and what its file says."""
+def show(model: str, template: bool, json_: bool) -> None:
+    """Describe a model: where it comes from, what its file says, which engines can load it."""
     spec = link.resolve(model)
-    path = _store().path(spec.artifact)
+    store, artifact = _store(), spec.artifact
+    path, stored = store.path(artifact), store.about(artifact)
     about: dict[str, Any] = {
-        "model": spec.model,
-        **asdict(spec.artifact),
-        "path": None if path is None else str(path),
-        "header": None,
-    }
+        "model": spec.model, **asdict(artifact), "path": None if path is None else str(path),
+        "disk": stored.disk if stored else None, "header": None, "engines": None, "template_changed": None,
+    }  # fmt: skip
     if path is not None and path.suffix == ".gguf":
-        about["header"] = asdict(header(path))
-        about["quant"] = about["quant"] or about["header"]["quant"]
-        about["size"] = _store().size(spec.artifact)
+        about["header"] = h = asdict(header(path))
+        about |= {
+            "quant": about["quant"] or h["quant"],
+            "license": about["license"] or h["license"],
+            "size": store.size(artifact),
+        }
+    if path is not None:
+        about["engines"] = _engines(str(path))
+    text, before = _template(artifact, path if about["header"] else None)
+    about["template_changed"] = before is not None
     if json_:
-        as_json(about)
-        return
+        as_json({**about, "template": text} if template else about)
+    elif template:
+        _show_template(text, before)
+    else:
+        _show(about)
+
+
+def _show(about: dict[str, Any]) -> None:
     for key in ("model", "source", "locator", "quant", "license", "sha256", "note"):
         if about[key]:
             click.echo(f"{key + ':':<10} {clean(about[key])}")
-    click.echo(f"{'size:':<10} {size(about['size'])}")
-    click.echo(f"{'on disk:':<10} {clean(path) if path else 'no (it is fetched when it is first used)'}")
+    click.echo(f"{'size:':<10} {size(about['size'])}" + (f", {size(about['disk'])} on disk" if about["disk"] else ""))
+    click.echo(f"{'on disk:':<10} {clean(about['path']) if about['path'] else 'no (it is fetched when it is first used)'}")
+    if about["mode"] != GENERATE:
+        click.echo(f"{'made for:':<10} {about['mode']}")
     if about["header"]:
         _show_header(about["header"])
+    if about["template_changed"]:
+        click.echo(f"{'':<10} not the one it was when you last looked: --template shows the difference")
+    for name, reason in (about["engines"] or {}).items():
+        click.echo(f"{'engine:':<10} {clean(name)}" + (f" cannot load it: {clean(reason)}" if reason else ""))
+
+
+def _engines(path: str) -> dict[str, str | None]:
+    """For each engine None if it can load this file here and now, else the reason."""
+    registry = Registry(Settings.load().engines)
+    found: dict[str, str | None] = {}
+    for name in registry.names:
+        if (reason := registry.get(name).accepts(path)) is None and isinstance(where := registry.locate(name), Missing):
+            reason = where.reason
+        found[name] = reason
+    return found
+
+
+def _template(artifact: Artifact, path: Path | None) -> tuple[str | None, Seen | None]:
+    """The chat template, and what was seen last if that was another one.  From now on this one counts as seen."""
+    if path is None or (text := chat_template(path)) is None:
+        return None, None
+    name, now = source_text(artifact.source, artifact.locator), Seen(hashlib.sha256(text.encode()).hexdigest(), text)
+    last = templates().last(name)
+    templates().remember(name, now)
+    return text, last if last and last.sha256 != now.sha256 else None
+
+
+def _show_template(text: str | None, before: Seen | None) -> None:
+    click.echo(clean(text, keep="\n\t") if text is not None else "it has no chat template")
+    if text is not None and before is not None:
+        click.echo("\nIt has changed since you last looked" + ("." if before.text else ", but what it was is not known."))
+        old, new = ((before.text or text).splitlines(), text.splitlines())
+        for line in difflib.unified_diff(old, new, "last time", "now", lineterm=""):
+            click.echo(clean(line, keep="\t"))
 
 
 def _show_header(h: dict[str, Any]) -> None:
@@ -211,7 +271,8 @@ def _refuse_loaded(keys: set[str]) -> None:
     for instance in state["instances"] if state else ():
         if instance["state"] in ("absent", "failed"):
             continue
-        if link.resolve(instance["model"]).artifact.key in keys:
+        spec = link.resolve(instance["model"])
+        if keys & {spec.artifact.key, *(extra.artifact.key for extra in spec.extras)}:
             raise errors.Unavailable(
                 f"{instance['model']} is {'loaded' if instance['state'] == 'ready' else instance['state']}",
                 code="in_use", hint=f"llm-daemon stop {instance['model']}",

@@ -47,7 +47,7 @@ def _finite(_ctx: click.Context, _param: click.Parameter, value: float | None) -
 @quiet_option
 def command(
     model: str | None, prompt: tuple[str, ...], system: str | None, max_tokens: int | None, temperature: float | None,
-    engine: str | None, context: int | None, json_: bool, quiet: bool,
+    load: dict[str, Any], json_: bool, quiet: bool,
 ) -> None:  # fmt: skip
     """Ask a model once, or chat with it.
 
@@ -66,7 +66,7 @@ def command(
     body: dict[str, Any] = {k: v for k, v in options.items() if v is not None}
     name = link.default_model() if model is None else model
     try:
-        lease = link.attach(name, quiet, engine=engine, context=context)
+        lease = link.attach(name, quiet, **load)
     except errors.UsageError as e:
         if e.code == "unknown_model" and prompt and model is not None and not link.sync.is_path(model):
             e.hint += f"; to ask the default model, put the whole question in quotes: {' '.join((model, *prompt))[:60]!r}"

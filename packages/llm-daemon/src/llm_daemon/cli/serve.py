@@ -47,9 +47,7 @@ class Presence:
 @click.option("--show-key", is_flag=True, help="Print the API key too.")
 @load_options
 @quiet_option
-def command(
-    models: tuple[str, ...], port: int | None, show_key: bool, engine: str | None, context: int | None, quiet: bool
-) -> None:
+def command(models: tuple[str, ...], port: int | None, show_key: bool, load: dict[str, Any], quiet: bool) -> None:
     """Keep the endpoint up in the foreground.
 
     For editors and other programs that know only an address. Every model can be asked for; those named here are loaded
@@ -57,13 +55,13 @@ def command(
     """
     signal.signal(signal.SIGTERM, _end)
     for model in models:
-        link.resolve(model, engine=engine, context=context)  # before anything is started
+        link.resolve(model, **load)  # before anything is started
     if port is not None:
         if (talk := link.look()) is not None:
             talk.close()
             _check_port(talk.welcome, port)
         os.environ["LLM_DAEMON_PORT"] = str(port)
-    leases = [link.attach(model, quiet, engine=engine, context=context) for model in models] or [Presence()]
+    leases = [link.attach(model, quiet, **load) for model in models] or [Presence()]
     welcome = leases[0]._talk.welcome
     if port is not None:
         _check_port(welcome, port)  # somebody else may have started it meanwhile

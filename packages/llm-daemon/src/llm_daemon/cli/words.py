@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import click
+
+from ..spec import MODES
 
 
 def clean(text: object, keep: str = "") -> str:
@@ -109,7 +112,25 @@ quiet_option = click.option("--quiet", "-q", is_flag=True, help="No progress and
 
 
 def load_options(function: Callable[..., Any]) -> Callable[..., Any]:
-    """`--engine` and `--context`, for every command that loads a model."""
-    context = click.option("--context", type=click.IntRange(min=1), metavar="TOKENS", help="Room for one conversation.")
-    engine = click.option("--engine", metavar="NAME", help="Load with this engine (see `llm-daemon engines`).")
-    return engine(context(function))
+    """The options of every command that loads a model; they reach it as `load`, a dict of those that were given."""
+
+    @functools.wraps(function)
+    def gathered(*args: Any, **given: Any) -> Any:
+        load = {name: value for name in _LOAD if (value := given.pop(name)) not in (None, ())}
+        return function(*args, load=load, **given)
+
+    for name, settings in reversed(_LOAD.items()):
+        gathered = click.option("--" + name.replace("_", "-"), **settings)(gathered)
+    return gathered
+
+
+_LOAD: dict[str, dict[str, Any]] = {
+    "engine": {"metavar": "NAME", "help": "Load with this engine (see `llm-daemon engines`)."},
+    "context": {"type": click.IntRange(min=1), "metavar": "TOKENS", "help": "Room for one conversation."},
+    "parallel": {"type": click.IntRange(min=1), "metavar": "N", "help": "Conversations at once."},
+    "gpu_layers": {"type": click.IntRange(min=0), "metavar": "N", "help": "Layers to put on a GPU."},
+    "mode": {"type": click.Choice(MODES), "help": "What to load it for, if not what it is made for."},
+    "draft": {"metavar": "MODEL", "help": "A small model that proposes tokens to a large one."},
+    "mmproj": {"metavar": "MODEL", "help": "A projector for images and sound."},
+    "lora": {"metavar": "MODEL[:SCALE]", "multiple": True, "help": "An adapter; may be given more than once."},
+}

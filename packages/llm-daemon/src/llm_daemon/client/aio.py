@@ -85,6 +85,10 @@ def attach(
     parallel: int | None = None,
     gpu_layers: int | None = None,
     args: Sequence[str] = (),
+    mode: str | None = None,
+    draft: str | PathLike[str] | None = None,
+    mmproj: str | PathLike[str] | None = None,
+    lora: str | PathLike[str] | Sequence[str | PathLike[str]] = (),
     keep_alive: float | None = None,
     timeout: float | None = None,
     on_progress: sync.Report | None = None,
@@ -99,7 +103,10 @@ def attach(
         report: sync.Report | None = None
         if on_progress is not None:
             report = lambda progress: loop.call_soon_threadsafe(on_progress, progress)  # noqa: E731
-        wish = sync.wish(spec, engine=engine, quant=quant, context=context, parallel=parallel, gpu_layers=gpu_layers, args=args)
+        wish = sync.wish(
+            spec, engine=engine, quant=quant, context=context, parallel=parallel, gpu_layers=gpu_layers, args=args,
+            mode=mode, draft=draft, mmproj=mmproj, lora=lora,
+        )  # fmt: skip
         lease = sync.Lease(wish, keep_alive, timeout, report)
         work = loop.run_in_executor(None, lease.refresh)
         try:

@@ -11,6 +11,7 @@ from _weakref import ref  # weakref without its Python half
 from .. import errors
 from ..core import control
 from . import start
+from .wishes import is_path as is_path, wish as wish
 
 TYPE_CHECKING = False  # the typing module costs more than everything here
 if TYPE_CHECKING:
@@ -342,6 +343,10 @@ def attach(
     parallel: int | None = None,
     gpu_layers: int | None = None,
     args: Sequence[str] = (),
+    mode: str | None = None,
+    draft: str | os.PathLike[str] | None = None,
+    mmproj: str | os.PathLike[str] | None = None,
+    lora: str | os.PathLike[str] | Sequence[str | os.PathLike[str]] = (),
     keep_alive: float | None = None,
     timeout: float | None = None,
     on_progress: Report | None = None,
@@ -349,15 +354,20 @@ def attach(
     """Starts or joins the daemon, loads or joins the model, and returns when it answers.
 
     `spec`: a catalog name (`smollm2-135m`, `name@QUANT`), a path, or `pypi:package==version`.  `context`: tokens for
-    one conversation; `parallel`: conversations at once; `timeout`: seconds for everything (None: as long as there is
-    progress); `keep_alive`: seconds the model stays when idle, also after this lease (the last one given counts for
-    everybody who shares it).  `on_progress` is called with a `Progress`.
+    one conversation; `parallel`: conversations at once; `mode`: `generate`, `embedding` or `rerank`, if not what the model
+    is made for; `draft`, `mmproj`, `lora`: models that are loaded beside it, named as `spec` is (a lora perhaps with its
+    scale, `./a.gguf:0.5`): one that proposes tokens, a projector for images, adapters.  `timeout`: seconds for everything
+    (None: as long as there is progress); `keep_alive`: seconds the model stays when idle, also after this lease (the last
+    one given counts for everybody who shares it).  `on_progress` is called with a `Progress`.
 
     Raises UsageError (your move), Unavailable (try again), EngineError (the engine's; shows its last words).
     KeyboardInterrupt leaves nothing behind.  May be called from any thread.
     """
     lease = Lease(
-        wish(spec, engine=engine, quant=quant, context=context, parallel=parallel, gpu_layers=gpu_layers, args=args),
+        wish(
+            spec, engine=engine, quant=quant, context=context, parallel=parallel, gpu_layers=gpu_layers, args=args,
+            mode=mode, draft=draft, mmproj=mmproj, lora=lora,
+        ),
         keep_alive, timeout, on_progress,
     )  # fmt: skip
     try:
@@ -366,35 +376,3 @@ def attach(
         lease.close()
         raise
     return lease
-
-
-def wish(spec: str | os.PathLike[str], **options: Any) -> dict[str, Any]:
-    """The wire form of a wish: what `attach` was asked, with a path made absolute (the daemon has another working folder)."""
-    text: Any = os.fspath(spec) if hasattr(spec, "__fspath__") else spec
-    if not isinstance(text, str) or not text.strip():
-        raise errors.UsageError(f"a model is named by text, not {spec!r}", code="bad_spec", hint="e.g. smollm2-135m")
-    if is_path(text):
-        try:
-            text = os.path.abspath(os.path.expanduser(text))
-        except OSError as e:  # the working folder was deleted
-            raise errors.UsageError(
-                f"cannot tell where {text} is: {e.strerror}", code="bad_spec", hint="give a whole path"
-            ) from None
-    out: dict[str, Any] = {"model": text}
-    for name, value in options.items():
-        if value is not None and value != () and value != []:
-            if value == "":
-                raise errors.UsageError(f"{name} must not be empty", code="bad_spec")
-            out[name] = list(value) if name == "args" and not isinstance(value, str) else value
-    return out
-
-
-def is_path(text: str) -> bool:
-    """Whether a spec means a file: it begins like a path or ends like a model file.
-
-    >>> is_path("./m.gguf"), is_path("smollm2-135m"), is_path("hf:org/repo:Q4_K_M"), is_path("m.gguf")
-    (True, False, False, True)
-    """
-    head, _, options = text.partition("?")
-    head = head if "=" in options else text  # a file's name may have a question mark in it
-    return text[:1] in "/~." or (":" not in head and head.endswith((".gguf", ".llamafile", ".json")))

@@ -5,6 +5,8 @@ from __future__ import annotations
 from enum import StrEnum
 from typing import NamedTuple
 
+from ..spec import EMBEDDING, GENERATE, RERANK
+
 INTERACTIVE, REGULAR = "interactive", "regular"
 ASIDE = "aside"  # needs the engine, but none of its slots: queued for nobody, run as soon as the model is there
 
@@ -41,6 +43,13 @@ RELAYED = {
     **_relayed(ASIDE, "/v1/messages/count_tokens", "/tokenize", "/detokenize", "/apply-template"),
     **_relayed(REGULAR, "/v1/audio/speech"),
     **_relayed(REGULAR, "/v1/audio/transcriptions", "/v1/audio/translations", multipart=True),
+}
+# What a model must be loaded for; the others do not care.
+MODES = {
+    **dict.fromkeys(("/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/messages"), GENERATE),
+    **dict.fromkeys(("/completion", "/infill"), GENERATE),
+    "/v1/embeddings": EMBEDDING,
+    "/v1/rerank": RERANK,
 }
 ANSWERED = {path: Route(Kind.ANSWERED, path) for path in ("/health", "/v1/models")}
 _EXACT = {**RELAYED, **ANSWERED, "/metrics": Route(Kind.ADMIN, "/metrics"), "/ui": Route(Kind.ADMIN, "/ui")}

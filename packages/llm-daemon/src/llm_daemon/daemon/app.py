@@ -26,6 +26,7 @@ from ..core.machine import Machine
 from ..faults import fp
 from ..models.fetch import fetch
 from ..models.store import Store
+from ..models.templates import described
 from ..spec import Wish
 from . import identity
 from .admin import Admin
@@ -292,8 +293,12 @@ class Daemon:
         if method == "pull":
             spec = self.supervisor.catalog.resolve(wished(params.get("wish")))
             root, began = Path(paths.cache_dir()), monotonic()
-            path = await fetch(spec.artifact, root, lambda info: say("PROGRESS", info=info))
-            return {"path": str(path), "size": Store(root).size(spec.artifact), "seconds": monotonic() - began}
+            path, *_ = [
+                await fetch(artifact, root, lambda info: say("PROGRESS", info=info))
+                for artifact in (spec.artifact, *(extra.artifact for extra in spec.extras))
+            ]
+            about = await asyncio.to_thread(described, spec.artifact, path)
+            return {"path": str(path), "size": Store(root).size(spec.artifact), "seconds": monotonic() - began, **about}
         raise errors.RemoteProtocolError(
             f"this daemon ({version()}) has no method {method!r}", hint="are client and daemon of one version?"
         )

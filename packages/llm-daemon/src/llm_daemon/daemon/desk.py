@@ -8,6 +8,7 @@ import os
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import replace
 from time import monotonic, perf_counter
 from typing import TYPE_CHECKING
 
@@ -17,6 +18,8 @@ from .. import errors
 from ..core import events as ev
 from ..core.instance import State
 from ..core.lanes import Stage
+from ..core.routes import MODES
+from ..engines.base import options_of
 from ..spec import Spec
 from .journal import End, TicketRecord
 from .route import Route
@@ -93,11 +96,22 @@ class DaemonDesk:
     def _arrive(self, ask: Ask, turn: Turn, deadline: float | None) -> None:
         try:
             spec = self._meant(ask.model)
+            if (need := MODES.get(ask.path, spec.mode)) != spec.mode:
+                self._refuse_mode(spec, ask.path, need)
         except Exception as e:
             turn.refuse(known(e))
             return
         self.turns[ask.ticket] = turn
         self._daemon.post(ev.Arrived(ask.ticket, spec, ask.lane, ask.supersede, deadline, ask.keep_alive))
+
+    def _refuse_mode(self, spec: Spec, path: str, need: str) -> None:
+        """UsageError (`wrong_mode`), unless the engine knows no modes: then its own answer counts."""
+        engine = spec.full.engine if spec.full else None
+        if engine and "mode" in options_of(self._daemon.supervisor.registry.get(engine)):
+            raise errors.UsageError(
+                f"{spec.model} is loaded for mode {spec.mode}, and {path} needs mode {need}", code="wrong_mode",
+                hint=f"ask for the model {replace(spec.wish, mode=need)}",
+            )  # fmt: skip
 
     def when_ready(self, name: str, act: Callable[[], None]) -> None:
         """Calls `act` now, or as soon as the engines are located (the first tenth of a second of our life)."""

@@ -13,7 +13,7 @@ import os
 import threading
 from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -25,7 +25,7 @@ from ..engines.registry import Registry
 from ..models.gguf import GgufInfo, header
 from ..models.store import Store
 from ..models.weight import PROCESS, Need, estimate
-from ..spec import Spec
+from ..spec import GENERATE, Extra, Spec
 
 log = logging.getLogger("llm_daemon")
 KEPT = 256  # specs whose need is remembered
@@ -88,7 +88,10 @@ class Memory:
             grant = Grant(path, spec.model, "", context, parallel, 1, full.gpu_layers, full.args)
             told = adapter.memory(spec, grant)
             return None if told is None else Need(told)
-        return None if info is None else estimate(info, context, parallel)
+        if info is None:
+            return None
+        need = estimate(info, context, parallel)
+        return replace(need, weights=need.weights + sum(map(_beside, spec.extras)))
 
     def learn(self, spec: Spec, used: int, is_over: bool) -> None:
         """An engine for `spec` took `used` bytes at its peak; `is_over`: it took no more than that in its life."""
@@ -102,6 +105,14 @@ class Memory:
                 f"{spec.model} would need some {parts.total / 1e9:,.0f} GB; this machine has {self.host / 1e9:.0f} GB",
                 code="too_large", hint="ask for a smaller context",
             )  # fmt: skip
+
+
+def _beside(extra: Extra) -> int:
+    """Bytes of a model that is loaded beside another; 0 while it is not here."""
+    path = Store(Path(paths.cache_dir())).path(extra.artifact)
+    if path is None or path.suffix != ".gguf":
+        return extra.artifact.size or 0
+    return header(path, stored=extra.artifact.source != "file").tensor_bytes
 
 
 def room(settings: Settings, spec: Spec, path: str) -> tuple[int, int, GgufInfo | None]:
@@ -122,6 +133,8 @@ def key(spec: Spec) -> str:
     return " ".join(
         [
             spec.artifact.key,
+            *([spec.mode] if spec.mode != GENERATE else []),
+            *(f"{extra.option}={extra.artifact.key}" for extra in spec.extras),
             *(f"{n}={v}" for n in ("engine", "context", "parallel", "gpu_layers") if (v := getattr(full, n))),
             *full.args,
         ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import re
 import socket
@@ -157,6 +158,34 @@ async def _poll(process: EngineProcess, plan: Plan, on_state: Callable[[str], No
         await asyncio.sleep(pause)
 
 
+async def post(process: EngineProcess, path: str, body: object) -> tuple[int, dict[str, Any]]:
+    """Status and JSON object of one POST, on a connection of its own.  OSError or ValueError if there is no such answer."""
+    answer = b""
+    with await _asked(process, Probe(path, body=json.dumps(body).encode()), process.plan.headers) as sock:
+        while chunk := await asyncio.get_running_loop().sock_recv(sock, 65536):
+            answer += chunk
+    first, _, said = answer.partition(b"\r\n\r\n")
+    words, found = first.split(None, 2), json.loads(said)
+    if not isinstance(found, dict) or len(words) < 2:
+        raise ValueError("not the answer of an engine")
+    return int(words[1]), found
+
+
+async def _asked(process: EngineProcess, probe: Probe, headers: Sequence[tuple[str, str]]) -> socket.socket:
+    """A connection to the engine and nobody else, on which this was asked; the caller closes it."""
+    lines = [f"{'POST' if probe.body else 'GET'} {probe.path} HTTP/1.1", "Host: localhost", "Connection: close"]
+    lines += [f"{name}: {value}" for name, value in headers]
+    if probe.body:
+        lines += ["Content-Type: application/json", f"Content-Length: {len(probe.body)}"]
+    sock = await _connected(process)
+    try:
+        await asyncio.get_running_loop().sock_sendall(sock, "\r\n".join([*lines, "\r\n"]).encode() + probe.body)
+    except BaseException:
+        sock.close()
+        raise
+    return sock
+
+
 async def _ask_in_turn(process: EngineProcess, plan: Plan) -> tuple[Probe, int]:
     """The first probe whose route there is, and the answer to it."""
     for probe in plan.probes:
@@ -197,12 +226,7 @@ async def _not_given_up(process: EngineProcess, plan: Plan) -> None:
 async def ask(process: EngineProcess, probe: Probe, headers: Sequence[tuple[str, str]] = ()) -> int:
     """The status of one request on a connection of its own, made to nobody but the engine.  OSError if there is no answer."""
     loop = asyncio.get_running_loop()
-    lines = [f"{'POST' if probe.body else 'GET'} {probe.path} HTTP/1.1", "Host: localhost", "Connection: close"]
-    lines += [f"{name}: {value}" for name, value in headers]
-    if probe.body:
-        lines += ["Content-Type: application/json", f"Content-Length: {len(probe.body)}"]
-    with await _connected(process) as sock:
-        await loop.sock_sendall(sock, "\r\n".join([*lines, "\r\n"]).encode() + probe.body)
+    with await _asked(process, probe, headers) as sock:
         head = b""
         while b"\r\n" not in head:
             data = await loop.sock_recv(sock, 4096)

@@ -7,7 +7,7 @@ import logging
 import os
 import shutil
 import socket
-from collections.abc import Callable, Coroutine, Mapping
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -17,17 +17,19 @@ from typing import TYPE_CHECKING, Any
 from .. import errors, paths
 from ..config import Settings
 from ..core.events import Down, Event, Progressed, Up, Weighed
-from ..engines.base import ADDRESS, Grant, Plan, Tcp, usable_cores
+from ..engines.base import ADDRESS, Grant, Location, Plan, Tcp, usable_cores
 from ..engines.registry import Registry
 from ..models.catalog import Catalog
 from ..models.engine import split as own_model
 from ..models.fetch import fetch
-from ..spec import Spec, Wish
+from ..models.templates import described
+from ..spec import Extra, Spec, Wish
 from .address import TRIES, reserve
 from .logs import RotatingLog
 from .memory import Memory, peak_bytes, room
 from .probe import UNPROBED, Pulse, ask, wait_ready
 from .process import EngineProcess, Exit, scrubbed_env
+from .prompts import PromptCache, identity
 
 if TYPE_CHECKING:
     from .upstream import Pool
@@ -60,6 +62,7 @@ class Live:
     stop: asyncio.Task[None] | None = None
     log: RotatingLog | None = None
     folder: str = ""
+    prompts: str | None = None  # folder of what its conversations left
     reserved: socket.socket | None = None  # a port, until its process takes it over
     peak: int | None = None  # bytes that it took at most, as far as seen
     looked: float = 0.0  # when that was
@@ -88,6 +91,7 @@ class Supervisor:
         self._post = post
         self._locating: asyncio.Task[None] | None = None
         self._starts = 0
+        self.prompts = PromptCache(os.path.join(paths.state_dir(), "prompts"), settings.prompt_cache_limit)
         self._tasks: set[asyncio.Task[None]] = set()
         self._resolved: dict[Wish | str, tuple[Spec, float]] = {}
         self.spawned = asyncio.Event()  # an engine process was started, for the first time
@@ -109,6 +113,7 @@ class Supervisor:
                 self.registry.locate(name)
             except Exception:  # whoever wishes for this one will hear of it
                 log.exception("looking for %s failed", name)
+        self.prompts.trim()
 
     def resolve(self, wish: Wish | str) -> Spec:
         """The spec of a wish or of its text, with its open options decided.  Call `ready` first.
@@ -136,7 +141,7 @@ class Supervisor:
                     f"{wish.model} is the engine {owner}'s own: {wish.engine} cannot load it", code="bad_spec"
                 )
             engine = owner
-        adapter, _ = self.registry.choose(path, engine)
+        adapter, _ = self.registry.choose(path, engine, spec.special)
         for args, code in ((wish.args, "bad_args"), (self.configured(adapter.name), "bad_config")):
             if args and (reason := adapter.refuse(args)):
                 raise errors.UsageError(reason, code=code)
@@ -209,7 +214,8 @@ class Supervisor:
                     break
                 except errors.EngineError as e:
                     on_tcp = live.plan is not None and isinstance(live.plan.address, Tcp)
-                    if attempt >= {"keeper_died": KEEPER_DEATHS, ADDRESS: TRIES if on_tcp else 1}.get(e.code, 1):
+                    patience = {"keeper_died": KEEPER_DEATHS, "prompts_deadly": 2, ADDRESS: TRIES if on_tcp else 1}
+                    if attempt >= patience.get(e.code, 1):
                         raise
                     log.warning("%s starts again: %s", instance, e)
                     if live.process is not None:  # another has its port, and it may still run
@@ -249,13 +255,18 @@ class Supervisor:
 
         spec = live.spec
         full = spec.full or spec.wish
+        root = Path(paths.cache_dir())
         path: Path | str
         if spec.artifact.source == "engine":
             path = own_model(spec.artifact.locator)[1]
         else:
-            path = await fetch(spec.artifact, Path(paths.cache_dir()), progress)
-        adapter, where = self.registry.choose(str(path), full.engine)
+            path = await fetch(spec.artifact, root, progress)
+        beside = [(extra, str(await fetch(extra.artifact, root, progress))) for extra in spec.extras]
+        adapter, where = self.registry.choose(str(path), full.engine, spec.special)
         name = adapter.name
+        about = await asyncio.to_thread(described, spec.artifact, Path(path))
+        if about.get("template_changed"):
+            log.warning("%s: its chat template is not the one it was: `llm-daemon models show --template`", spec.model)
         if self.memory.budget is None:
             await asyncio.to_thread(self.memory.check, spec, str(path))
         else:  # known better now, if it had to be fetched; if there is no place for it, this is where we are cancelled
@@ -269,7 +280,10 @@ class Supervisor:
             model_path=str(path), alias=spec.model, socket=SOCKET, context=context,
             parallel=parallel, threads=self.threads(), gpu_layers=full.gpu_layers,
             args=(*self.configured(name), *full.args), host=host, port=port, key=os.urandom(16).hex(),
+            mode=spec.mode, **loaded_beside(beside),
         )  # fmt: skip
+        live.prompts = await asyncio.to_thread(self._prompts, [str(path), *(p for _, p in beside)], full, where, grant)
+        grant = replace(grant, prompts=live.prompts)
         live.plan = adapter.plan(spec, where, grant)
         user_env = {str(k): str(v) for k, v in self.settings.engines.get(name, {}).get("env", {}).items()}
         live.engine, live.version, live.context = name, where.version, context
@@ -294,11 +308,17 @@ class Supervisor:
         live.pulse = Pulse(live.process, live.plan.stall)
         said = lambda state: progress({"phase": "load", "message": state})  # noqa: E731
         await wait_ready(live.process, live.plan, adapter, said, live.pulse)
+        restoring = live.plan.saved_slots > 0 and self.prompts.holds(live.prompts)
+        if restoring:
+            await self.prompts.restore(live.process, str(live.prompts), spec.model)
         if live.process.exit is not None:  # it answered and died before we were told
-            raise errors.EngineError(
-                f"{name} died right after loading {spec.model} ({live.process.exit})",
-                code="keeper_died" if live.process.lost_keeper else "engine_died",
-            )
+            code = "keeper_died" if live.process.lost_keeper else "prompts_deadly" if restoring else "engine_died"
+            raise errors.EngineError(f"{name} died right after loading {spec.model} ({live.process.exit})", code=code)
+
+    def _prompts(self, files: list[str], full: Wish, where: Location, grant: Grant) -> str | None:
+        """The folder for what its conversations leave, by everything that decides what that means."""
+        about = [full.engine, where.version, grant.context, grant.parallel, full.gpu_layers, grant.mode, grant.lora, grant.args]
+        return self.prompts.folder(identity(files, where.argv[0], {"options": about, "site": where.argv[1:]}))
 
     def threads(self) -> int:
         """Cores minus one, shared with the engines that run already: spinning on all cores costs a factor of 3 to 70."""
@@ -350,15 +370,21 @@ class Supervisor:
     async def _stop(self, instance: str, live: Live, process: EngineProcess, force: bool) -> None:
         if not force:
             await self._look(instance, live, is_over=True)
-        if (last := process.plan.stop.request) is not None and not force:
-            with suppress(Exception):  # whatever it answers: it is told to go next
-                async with asyncio.timeout(LAST_REQUEST):
-                    await ask(process, last, process.plan.headers)
+            await self._last_words(process, live)
         await process.stop(force)
         if live.process is process:  # a second, forceful call may have been quicker
             live.process = None
             self._cleared(live)
             self._post(Down(instance))
+
+    async def _last_words(self, process: EngineProcess, live: Live) -> None:
+        """What an engine is asked before it is told to go."""
+        if live.prompts and process.plan.saved_slots:
+            await self.prompts.save(process, live.prompts, process.plan.saved_slots, live.spec.model)
+        if (last := process.plan.stop.request) is not None:
+            with suppress(Exception):  # whatever it answers: it is told to go next
+                async with asyncio.timeout(LAST_REQUEST):
+                    await ask(process, last, process.plan.headers)
 
     def _exited(self, instance: str, live: Live, exit: Exit) -> None:
         """An engine ended.  On our word, or while starting: whoever asked is waiting and reports."""
@@ -394,3 +420,9 @@ class Supervisor:
         if live.folder:
             with suppress(OSError):
                 shutil.rmtree(live.folder)
+
+
+def loaded_beside(files: Sequence[tuple[Extra, str]]) -> dict[str, Any]:
+    """The fields of a Grant for the models, and their paths, of a spec's options."""
+    single = {extra.option: path for extra, path in files if extra.option != "lora"}
+    return {**single, "lora": tuple((path, extra.scale) for extra, path in files if extra.option == "lora")}

@@ -5,7 +5,9 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-from .base import ADDRESS, BAD_FLAG, BAD_MODEL, CRASHED, MISSING_LIBRARY, OUT_OF_MEMORY
+from ..models.gguf import purpose
+from ..spec import EMBEDDING, GENERATE, RERANK, SPECIAL
+from .base import ADDRESS, BAD_FLAG, BAD_MODEL, CRASHED, MISSING_LIBRARY, OUT_OF_MEMORY, Grant
 
 # tools/server/README.md; routes for another kind of model (embeddings, rerank, audio) answer 501.
 ROUTES = frozenset(
@@ -29,6 +31,29 @@ ROUTES = frozenset(
 # It looks for a hang-up when a result of this request comes, or when a second passed without any request's result
 # (server-queue.cpp): so only streams are let go of at once.
 ASSEMBLED = frozenset({"/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/messages", "/completion", "/infill"})
+
+OPTIONS = SPECIAL
+
+# An input to be embedded or ranked must fit into one physical batch (server-context.cpp); the server's own is 512 tokens.
+MOST_BATCH = 4096
+
+
+def batch(grant: Grant) -> int | None:
+    """Tokens in one batch where that has to be said."""
+    return None if grant.mode == GENERATE else min(grant.context, MOST_BATCH)
+
+
+def pooling(grant: Grant) -> str | None:
+    """How the vectors of all tokens become one, where the model does not say it itself: one that writes has no such thing."""
+    if grant.mode == RERANK:
+        return "rank"
+    return "mean" if grant.mode == EMBEDDING and purpose(grant.model_path) == GENERATE else None
+
+
+def keeps_prompts(grant: Grant) -> bool:
+    """Whether its slots can be saved: of a text model alone (the server refuses it beside a projector)."""
+    return grant.prompts is not None and grant.mode == GENERATE and not grant.mmproj
+
 
 # MiB of host memory for prompts of past conversations; the server's own default of 8192 would be taken silently.
 CACHE_RAM_MIB = 256
@@ -99,6 +124,18 @@ _OWNED = {
     "--threads": "the setting threads",
     "-tb": "the setting threads",
     "--threads-batch": "the setting threads",
+    "--embedding": "mode=embedding",
+    "--embeddings": "mode=embedding",
+    "--rerank": "mode=rerank",
+    "--reranking": "mode=rerank",
+    "-md": "draft",
+    "--model-draft": "draft",
+    "--spec-draft-model": "draft",
+    "--lora": "lora",
+    "--lora-scaled": "lora",
+    "-mm": "mmproj",
+    "--mmproj": "mmproj",
+    "--slot-save-path": "the setting prompt_cache_limit",
 }
 # Flags that change whom it answers, what it downloads, runs, writes, or when it lives.
 _REFUSED = {
@@ -118,7 +155,7 @@ _REFUSED = {
             "--sleep-idle-seconds -cb --cont-batching -nocb --no-cont-batching"
         ),
         "it writes or opens files on request, or takes the log away": (
-            "--log-file --log-disable --log-prompts-dir --slot-save-path --media-path -lcd --lookup-cache-dynamic --props"
+            "--log-file --log-disable --log-prompts-dir --media-path -lcd --lookup-cache-dynamic --props"
         ),
         "it ends without serving": "-h --help --usage --version -cl --cache-list --completion-bash --list-devices",
     }.items()

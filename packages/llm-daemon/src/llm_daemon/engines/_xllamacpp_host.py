@@ -22,6 +22,22 @@ def fail(code: int, text: str) -> NoReturn:
     sys.exit(code)
 
 
+def choose(common: Any, params: dict[str, Any]) -> None:
+    """What it is loaded for, and with: parts that are objects of their own."""
+    import xllamacpp
+
+    common.embedding = params.pop("mode", "generate") != "generate"
+    if pooling := params.pop("pooling", None):
+        common.pooling_type = getattr(xllamacpp.llama_pooling_type, f"LLAMA_POOLING_TYPE_{pooling.upper()}")
+    if mmproj := params.pop("mmproj", None):
+        common.mmproj.path = mmproj
+    if draft := params.pop("draft", None):
+        common.speculative.draft.mparams.path = draft
+        common.speculative.types = [xllamacpp.common_speculative_type.COMMON_SPECULATIVE_TYPE_DRAFT_SIMPLE]
+    if lora := params.pop("lora", None):
+        common.lora_adapters = [xllamacpp.CommonAdapterLoraInfo(path, scale) for path, scale in lora]
+
+
 def configure(common: Any, params: dict[str, Any]) -> None:
     """Sets each parameter; one that this release lacks is only noted, unless it is vital."""
     common.model.path = params.pop("model")
@@ -31,8 +47,10 @@ def configure(common: Any, params: dict[str, Any]) -> None:
         pool = getattr(common, name)
         pool.n_threads = threads
         setattr(common, name, pool)
-    if mmproj := params.pop("mmproj", None):
-        common.mmproj.path = mmproj
+    try:
+        choose(common, params)
+    except (AttributeError, TypeError, ValueError) as e:
+        fail(4, f"this xllamacpp cannot load the model so: {e}")
     params["model_alias"] = set(params["model_alias"])
     for name, value in params.items():
         if value is None:

@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
 
-from ..spec import Spec
+from ..spec import GENERATE, Spec
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +54,9 @@ class Grant:
     Two addresses, of which the plan takes one.  `socket`: name of a unix socket to listen on, relative to the engine's
     working folder, which is fresh and private to this instance.  `host` and `port`: a loopback address that the daemon
     keeps others from, for engines that cannot do that.  `key`: a secret of this instance, for engines that check one.
+
+    The rest concerns only engines with such `options`: `mode`, one of spec.MODES; `draft` and `mmproj`, paths; `lora`, pairs
+    of path and scale.  `prompts`: an absolute folder where it may keep what its slots hold (Plan.saved_slots); None: nowhere.
     """
 
     model_path: str
@@ -67,6 +70,11 @@ class Grant:
     host: str = "127.0.0.1"
     port: int = 0
     key: str = ""
+    mode: str = GENERATE
+    draft: str | None = None
+    mmproj: str | None = None
+    lora: tuple[tuple[str, float], ...] = ()
+    prompts: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,6 +144,9 @@ class Plan:
     hang-up too late otherwise (core/assemble.py).  `deaf`: routes whose plain answers it computes to their end in any case:
     the slot stays taken until then.  `confirms_hangup`: it takes a half-closed connection for a hang-up, and closes its side
     once it has let go of the request; without that, a hang-up closes the connection and the slot counts as free.
+
+    *Conversations.*  `saved_slots`: how many slots write what they hold into `Grant.prompts`, and read it again, on
+    `POST /slots/N?action=save` and `restore` with a `filename` (llama.cpp, tools/server/README.md).
     """
 
     argv: tuple[str, ...]
@@ -157,6 +168,7 @@ class Plan:
     assembled: frozenset[str] = frozenset()
     deaf: frozenset[str] = frozenset()
     confirms_hangup: bool = False
+    saved_slots: int = 0
 
 
 # Words for what went wrong while starting, found by an adapter in the log's last lines.
@@ -172,7 +184,10 @@ BAD_MODEL, BAD_FLAG, ADDRESS, OUT_OF_MEMORY, MISSING_LIBRARY, CRASHED = (
 
 @runtime_checkable
 class Adapter(Protocol):
-    """One server application.  Stateless; one object serves all instances, and methods may be called from any thread."""
+    """One server application.  Stateless; one object serves all instances, and methods may be called from any thread.
+
+    It may have an attribute `options`, a frozenset: which of spec.SPECIAL it can meet (`options_of`).
+    """
 
     name: str
     license: str
@@ -207,6 +222,12 @@ class Weighs(Protocol):
     def memory(self, spec: Spec, grant: Grant) -> int | None:
         """Bytes for the weights at `grant.model_path` with these options; None if it cannot tell.  Must not block for long."""
         ...
+
+
+def options_of(adapter: Adapter) -> frozenset[str]:
+    """Those of spec.SPECIAL that this engine can meet; none if it does not say."""
+    found: frozenset[str] = getattr(adapter, "options", frozenset())
+    return found
 
 
 def usable_cores() -> int:

@@ -15,7 +15,7 @@ import subprocess
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ..spec import Spec
+from ..spec import EMBEDDING, RERANK, Spec
 from . import _llamacpp
 from .advisories import Advisory, llama_cpp
 from .base import Grant, Location, Missing, Plan
@@ -31,6 +31,7 @@ class LlamaServer:
     name = "llama-server"
     license = "MIT"
     routes = _llamacpp.ROUTES
+    options = _llamacpp.OPTIONS
 
     def locate(self, config: Mapping[str, Any]) -> Location | Missing:
         """The configured path alone if there is one; else PATH; else the wheel, where the machine suits it."""
@@ -83,6 +84,10 @@ class LlamaServer:
         ]
         if grant.gpu_layers is not None:
             argv += ["-ngl", str(grant.gpu_layers)]
+        argv += _options(grant, known)
+        saves = _llamacpp.keeps_prompts(grant) and "--slot-save-path" in known
+        if saves:
+            argv += ["--slot-save-path", str(grant.prompts)]
         # Older builds lack some of these, or have them under the second name.
         for names, value in (
             (("--offline",), None),
@@ -96,8 +101,26 @@ class LlamaServer:
         # Its own configuration file is looked for below XDG_CONFIG_HOME: in the private folder there is none.
         return Plan(
             (*argv, *grant.args), grant.socket, env={"XDG_CONFIG_HOME": "."}, slots=grant.parallel,
-            assembled=_llamacpp.ASSEMBLED, confirms_hangup=True,
+            assembled=_llamacpp.ASSEMBLED, confirms_hangup=True, saved_slots=grant.parallel if saves else 0,
         )  # fmt: skip
+
+
+def _options(grant: Grant, known: frozenset[str]) -> list[str]:
+    """The flags for what a model is loaded for, and with."""
+    argv = {EMBEDDING: ["--embedding"], RERANK: ["--rerank"]}.get(grant.mode, [])
+    if grant.mode == EMBEDDING and (pooling := _llamacpp.pooling(grant)):
+        argv = [*argv, "--pooling", pooling]
+    if size := _llamacpp.batch(grant):
+        argv = [*argv, "-b", str(size), "-ub", str(size)]
+    if grant.draft is not None:
+        argv = [*argv, "--model-draft", grant.draft]
+        if "--spec-type" in known:  # builds of 2026 want to be told that the model is to be used
+            argv += ["--spec-type", "draft-simple"]
+    if grant.mmproj is not None:
+        argv = [*argv, "--mmproj", grant.mmproj]
+    for path, scale in grant.lora:
+        argv = [*argv, "--lora", path] if scale == 1.0 else [*argv, "--lora-scaled", f"{path}:{scale:g}"]
+    return argv
 
 
 def unsuited(flags: frozenset[str], libc: tuple[str, str]) -> str | None:

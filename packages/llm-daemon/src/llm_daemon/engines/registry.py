@@ -11,7 +11,7 @@ from time import monotonic
 from typing import Any
 
 from ..errors import EngineError, UsageError
-from .base import Adapter, Location, Missing
+from .base import Adapter, Location, Missing, options_of
 
 GROUP = "llm_daemon.engines"
 MISSING_FOR = 10.0  # seconds until a missing program is looked for again
@@ -69,22 +69,34 @@ class Registry:
             self._found[name] = where, inf if isinstance(where, Location) else monotonic() + MISSING_FOR
         return where
 
-    def choose(self, path: str | None, wanted: str | None = None) -> tuple[Adapter, Location]:
+    def choose(
+        self, path: str | None, wanted: str | None = None, options: frozenset[str] = frozenset()
+    ) -> tuple[Adapter, Location]:
         """The engine to load the file at `path` (None: not here yet) with: `wanted`, or the first that is there and takes it.
 
+        It must be able to meet `options` (some of spec.SPECIAL): else UsageError (`unsupported_option`).
         EngineError (`engine_missing`) if it is not installed, with the way to get it; UsageError (`bad_model`) if none
         takes this file.
         """
-        refused, missing = [], []
+        refused, missing, unable = [], [], []
         for name in (wanted,) if wanted else self.names:
             adapter = self.get(name)
             if path is not None and (reason := adapter.accepts(path)):
                 refused.append(f"{name}: {reason}")
                 continue
+            if lacking := sorted(options - options_of(adapter)):
+                unable.append(f"{name} cannot load a model with {', '.join(lacking)}")
+                continue
             where = (path and _inside(adapter, path)) or self.locate(name)
             if isinstance(where, Location):
                 return adapter, where
             missing.append((name, where))
+        if unable and (wanted or not missing):
+            able = [name for name in self.names if options <= options_of(self.get(name))]
+            raise UsageError(
+                "; ".join(unable), code="unsupported_option",
+                hint=f"leave it out, or use the engine {' or '.join(able)}" if able else "leave it out",
+            )  # fmt: skip
         if missing:
             raise EngineError(
                 "; ".join(f"{name}: {where.reason}" for name, where in missing),

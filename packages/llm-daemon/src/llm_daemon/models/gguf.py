@@ -20,6 +20,7 @@ from pathlib import Path
 import msgspec
 
 from ..errors import UsageError
+from ..spec import EMBEDDING, GENERATE, RERANK
 
 # The largest headers known (262k tokens with scores and merges) take about 16 MiB; nobody may make us hold more than this.
 MAX_HEADER = 64 * 2**20
@@ -47,6 +48,23 @@ _QUANTS = {
     21: "Q2_K_S", 22: "IQ3_XS", 23: "IQ3_XXS", 24: "IQ1_S", 25: "IQ4_NL", 26: "IQ3_S", 27: "IQ3_M", 28: "IQ2_S",
     29: "IQ2_M", 30: "IQ4_XS", 31: "IQ1_M", 32: "BF16", 36: "TQ1_0", 37: "TQ2_0", 38: "MXFP4_MOE", 39: "NVFP4", 40: "Q1_0",
 }  # fmt: skip
+# general.architecture of models that only ever embed; {arch}.pooling_type (llama.h) says it of others.
+_ENCODERS = frozenset(
+    {
+        "bert",
+        "modern-bert",
+        "nomic-bert",
+        "nomic-bert-moe",
+        "neo-bert",
+        "jina-bert-v2",
+        "jina-bert-v3",
+        "eurobert",
+        "gemma-embedding",
+    }
+)
+_POOLED, _RANKED = (1, 2, 3), 4
+_FIRST_LOOK = 65_536  # bytes: what describes the model comes before its tokenizer
+_TEMPLATE = "tokenizer.chat_template"
 _GUESSED = 1024  # flag in general.file_type: the writer was not sure
 
 
@@ -125,11 +143,18 @@ def _with_parts(first: Path, info: GgufInfo) -> GgufInfo:
     )
 
 
-def read_header(path: str | os.PathLike[str]) -> GgufInfo:
+def chat_template(path: str | os.PathLike[str]) -> str | None:
+    """The text of the chat template.  It is a program in the language Jinja: show it, never run it.  Raises as `read_header`."""
+    text: list[str] = []
+    read_header(path, text)
+    return text[-1] if text else None
+
+
+def read_header(path: str | os.PathLike[str], text: list[str] | None = None) -> GgufInfo:
     """Reads and checks the header of the file at `path`; blocks for some 5 to 60 ms, by size of the vocabulary.
 
     Raises UsageError (`bad_model`) in one line: not a GGUF file, truncated (needs N bytes, has M), corrupt (how), or
-    unreadable.  The weights themselves are not looked at.
+    unreadable.  The weights themselves are not looked at.  The chat template goes into `text`.
     """
     name = Path(path).name
     try:
@@ -140,7 +165,7 @@ def read_header(path: str | os.PathLike[str]) -> GgufInfo:
                 # Plain reads, no mmap: a file cut short under a map would kill this process with SIGBUS.
                 data += f.read(limit - len(data))
                 try:
-                    return _scan(data, size)
+                    return _scan(data, size, text)
                 except _Short:
                     if len(data) < limit:
                         raise _bad(f"{name} is truncated: its header ends after byte {size:,}", "fetch the file again") from None
@@ -153,12 +178,37 @@ def read_header(path: str | os.PathLike[str]) -> GgufInfo:
         raise _bad(f"cannot read {path}: {e.strerror}", "") from e
 
 
+@lru_cache(maxsize=64)
+def purpose(path: str, identity: str = "") -> str:
+    """What the model at `path` is made for, one of spec.MODES, by the first bytes of its header; of any other file "generate".
+
+    Takes less than a millisecond and never raises; remembered for as long as `identity` is the same.
+    """
+    meta: dict[str, object] = {}
+    with suppress(OSError, _Short, _Corrupt), open(path, "rb") as f:
+        data, size = f.read(_FIRST_LOOK), os.fstat(f.fileno()).st_size
+        if data[:4] != b"GGUF":
+            return GENERATE
+        pos = 24
+        for _ in range(min(_MAX_KEYS, *_unpack("<Q", data, 16))):
+            key, pos = _string(data, pos, size)
+            meta[key], pos = _value(data, pos, size)
+    arch = meta.get("general.architecture")
+    pooling = meta.get(f"{arch}.pooling_type")
+    if pooling == _RANKED:
+        return RERANK
+    return EMBEDDING if arch in _ENCODERS or pooling in _POOLED else GENERATE
+
+
 def _bad(message: str, hint: str = "take the file from its source again, or another model") -> UsageError:
     return UsageError(message, code="bad_model", hint=hint)
 
 
-def _scan(data: bytes, size: int) -> GgufInfo:
-    """The header in `data`, the first bytes of a file of `size` bytes.  Raises _Short or _Corrupt."""
+def _scan(data: bytes, size: int, text: list[str] | None = None) -> GgufInfo:
+    """The header in `data`, the first bytes of a file of `size` bytes.  Raises _Short or _Corrupt.
+
+    The chat template is put into `text`.
+    """
     if data[:4] != b"GGUF":
         raise _Corrupt("is not a GGUF file")
     version, tensors, keys, pos = *_unpack("<IQQ", data, 4), 24
@@ -173,6 +223,8 @@ def _scan(data: bytes, size: int) -> GgufInfo:
         if key in meta:
             raise _Corrupt(f"is corrupt: metadata key {key[:80]!r} comes twice")
         meta[key], pos = _value(data, pos, size)
+    if text is not None and isinstance(template := meta.get(_TEMPLATE), str):
+        text.append(template)
     return _describe(meta, version, tensors, *_tensors(data, pos, size, tensors, _alignment(meta)))
 
 
@@ -284,7 +336,7 @@ def _describe(meta: dict[str, object], version: int, tensors: int, tensor_bytes:
 
     arch = text("general.architecture")
     kind = number("general.file_type")
-    template = meta.get("tokenizer.chat_template")
+    template = meta.get(_TEMPLATE)
     return GgufInfo(
         version=version,
         architecture=arch,
@@ -294,7 +346,7 @@ def _describe(meta: dict[str, object], version: int, tensors: int, tensor_bytes:
         embedding_length=number(f"{arch}.embedding_length"),
         quant=None if kind is None else _QUANTS.get(kind & ~_GUESSED),
         license=text("general.license"),
-        has_chat_template="tokenizer.chat_template" in meta,
+        has_chat_template=_TEMPLATE in meta,
         tensor_count=tensors,
         tensor_bytes=tensor_bytes,
         n_params=params,

@@ -67,6 +67,10 @@ class Store:
         stored = self._read(self.folder(artifact))
         return self.folder(artifact) / stored.file if stored else None
 
+    def about(self, artifact: Artifact) -> Stored | None:
+        """What is known of a fetched model; None if it is not here whole."""
+        return self._read(self.folder(artifact)) if artifact.source != "file" else None
+
     def place(self, artifact: Artifact) -> Path:
         """Where the weights are, or will be once they are fetched."""
         return Path(artifact.locator) if artifact.source == "file" else self.folder(artifact) / _file_name(artifact, 1)
@@ -74,7 +78,9 @@ class Store:
     def size(self, artifact: Artifact) -> int | None:
         """The bytes of all its weights, if they are here."""
         if artifact.source == "file":
-            return artifact.size if self.path(artifact) else None
+            if (path := self.path(artifact)) is None:
+                return None
+            return sum(part.stat().st_size for part in _parts(path)) if path.is_file() else artifact.size
         stored = self._read(self.folder(artifact))
         return stored.size if stored else None
 
@@ -202,6 +208,13 @@ def _part_names(first: str, parts: int) -> list[str]:
     ['m-00001-of-00002.gguf', 'm-00002-of-00002.gguf']
     """
     return [first] + [first.replace("-00001-of-", f"-{n:05}-of-") for n in range(2, parts + 1)]
+
+
+def _parts(first: Path) -> list[Path]:
+    """The files of a model of one's own, of which the first is named; those that are there."""
+    found = re.fullmatch(r".+-00001-of-(\d{5})\.gguf", first.name)
+    names = _part_names(first.name, int(found[1])) if found else [first.name]
+    return [path for name in names if (path := first.with_name(name)).is_file()]
 
 
 def _remove_linked(folder: Path) -> None:
