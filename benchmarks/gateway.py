@@ -1,14 +1,15 @@
-"""What our HTTP relay costs: the whole daemon beside no relay at all, nginx, and an aiohttp relay, in one run.
+"""What our HTTP relay costs: the whole daemon beside no relay at all, nginx, and two other relays in Python, in one run.
 
-Four ways to one stub engine (stub.py, which the daemon runs as its engine) on a unix socket: straight, through nginx
-(unbuffered, kept alive), through a plain aiohttp relay (peers.py) and through our gateway with token, Host check, ticket and
-queue.  The load generator (load.py) is a process of its own.  The rounds of the ways alternate, so that whatever else the
-machine does meets all of them.
+Five ways to one stub engine (stub.py, which the daemon runs as its engine) on a unix socket: straight, through nginx
+(unbuffered, kept alive), through the least that a relay in Python can be (floor.py), through a plain aiohttp relay (peers.py)
+and through our gateway with token, Host check, ticket and queue.  The load generator (load.py) is a process of its own.  The
+rounds of the ways alternate, so that whatever else the machine does meets all of them.
 """
 
 from __future__ import annotations
 
 import functools
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -28,7 +29,7 @@ SLOTS = 256  # more than any measurement needs: nobody waits for a turn here
 CONNECTIONS = (8, 32)
 STREAMS = (1, 8, 64, 128)
 SPREAD = 0.2  # seconds in which they begin: first tokens then meet streams that run, not a rush of connections
-ORDER = ("direct", "nginx", "aiohttp", "ours")
+ORDER = ("direct", "nginx", "floor", "aiohttp", "ours")
 KEYS = {"first": "first token", "gap": "gap between chunks", "way": "a chunk's way"}
 
 
@@ -73,7 +74,8 @@ def bench() -> Iterator[Bench]:
         ways: dict[str, Way | None] = {"direct": Way(path, llm.pid)}
         for name, start in (
             ("nginx", functools.partial(peers.nginx, here.base, path)),
-            ("aiohttp", functools.partial(peers.aiohttp_relay, path)),
+            ("floor", functools.partial(peers.python_relay, peers.FLOOR, path)),
+            ("aiohttp", functools.partial(peers.python_relay, peers.__file__, path)),
         ):
             peer = stack.enter_context(start())
             ways[name] = Way(("127.0.0.1", peer.port), peer.pid) if peer else None
@@ -108,16 +110,25 @@ def add(out: Section, what: str, unit: str, found: Mapping[str, float], samples:
 def _latency(effort: Effort, it: Bench, out: Section) -> None:
     times: dict[str, list[float]] = {way: [] for way in it.ways}
     medians: dict[str, list[float]] = {way: [] for way in it.ways}
+    before = {way: cpu_ms(it.ways[way].pid) for way in it.ways}
     for turn in range(effort.rounds + 1):
         for way in it.ways:
             taken = it.ask(way, "latency", it.short(way), ending=ENDING, count=effort.shots)["us"]
             if turn:  # the first round warms up
                 times[way] += taken
                 medians[way].append(median(taken))
+    time.sleep(effort.pause)  # for our records of the last requests
+    asked = (effort.rounds + 1) * effort.shots
+    cpu = {way: (cpu_ms(it.ways[way].pid) - ms) * 1e3 / asked for way, ms in before.items()}
     count, spread = effort.rounds * effort.shots, iqr(medians["ours"])
     p50 = {way: median(taken) for way, taken in times.items()}
     added = {way: value - p50["direct"] for way, value in p50.items() if way != "direct"}
     add(out, "added to a request, p50", "us", added, count, "nginx", target=1.25, judged="ratio")
+    least = added["floor"]  # docs/adr/0017
+    out.rows.append(
+        Row("added to a request, p50", "us", added["ours"], count, baseline=least, against="floor", target=3.0, judged="ratio")
+    )
+    add(out, "CPU for a request", "us", {way: us for way, us in cpu.items() if way != "direct"}, asked, "nginx")
     add(out, "one request, p50", "us", p50, count, spread=spread)
     add(out, "one request, p99", "us", {way: percentile(taken, 99) for way, taken in times.items()}, count)
     out.extra["latency_us"] = {way: quantiles(taken) | {"p50_of_rounds": medians[way]} for way, taken in times.items()}

@@ -1,4 +1,4 @@
-"""The relays that ours is measured against: nginx, and one on aiohttp as anybody would write it.
+"""The relays that ours is measured against: nginx, one on aiohttp as anybody would write it, and the least one (floor.py).
 
 python peers.py SOCKET    the aiohttp relay to an engine at a unix socket; says its port, ends when its stdin does
 """
@@ -16,6 +16,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+FLOOR = str(Path(__file__).with_name("floor.py"))
 FOR_EVER = 3600.0  # seconds an idle connection is kept
 
 
@@ -77,15 +78,15 @@ def nginx(folder: Path, path: str) -> Iterator[Peer | None]:
 
 
 @contextmanager
-def aiohttp_relay(path: str) -> Iterator[Peer | None]:
-    """Runs this file; None where aiohttp is not installed."""
-    argv = [sys.executable, __file__, path]
+def python_relay(script: str, path: str) -> Iterator[Peer | None]:
+    """Runs this file or floor.py in front of the engine at `path`; None where something it needs is not installed."""
+    argv = [sys.executable, script, path]
     with subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdin is not None and process.stdout is not None
         try:
             line = process.stdout.readline().strip()
             if not line:
-                raise RuntimeError("the aiohttp relay did not start")
+                raise RuntimeError(f"{script} did not start")
             yield Peer(int(line), process.pid) if line != "missing" else None
         finally:
             process.stdin.close()

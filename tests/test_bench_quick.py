@@ -65,9 +65,9 @@ def test_what_the_daemon_costs_without_a_model(short_tmp: Path) -> None:
 def test_the_relay_beside_its_peers(short_tmp: Path) -> None:
     (relay,) = run(short_tmp, "--only", "relay")["sections"]
     (grid,) = relay["grids"]
-    assert {"direct", "aiohttp", "ours"} <= set(grid["ways"]) <= {"direct", "nginx", "aiohttp", "ours"}
+    assert {"direct", "floor", "aiohttp", "ours"} <= set(grid["ways"]) <= {"direct", "nginx", "floor", "aiohttp", "ours"}
     for line in grid["lines"]:
-        assert {"aiohttp", "ours"} <= line["values"].keys() <= set(grid["ways"])
+        assert {"floor", "aiohttp", "ours"} <= line["values"].keys() <= set(grid["ways"])
     assert {row["what"] for row in relay["rows"]} >= {f"{n} streams, gap between chunks, p99" for n in (8, 64, 128)}
     assert {f"streams, {way}" for way in grid["ways"]} <= relay["extra"]["generator_cpu_percent"].keys()
 

@@ -296,6 +296,7 @@ def test_before_the_first_byte_it_is_run_again(
     tokens = [f"w{n} " for n in range(20)]
     it = line(fake_model(tokens=tokens, token_ms=20, ignores_disconnect="nonstream" if assembled else False))
     engine = it.lease.pid
+    it.until()  # loads the admin app, which may take longer than the answer
     asked = it.later()
     it.until("running")
     time.sleep(0.15)  # some tokens

@@ -20,10 +20,11 @@ import msgspec
 
 from llm_daemon.core.assemble import _KINDS
 from llm_daemon.daemon.connection import Connection
-from llm_daemon.daemon.exchange import Ask, Exchange, Turn
+from llm_daemon.daemon.exchange import Exchange
 from llm_daemon.daemon.gateway import Gateway
 from llm_daemon.daemon.http1 import Request
 from llm_daemon.daemon.route import Route
+from llm_daemon.daemon.turn import Ask, Turn
 from llm_daemon.daemon.upstream import Pool
 from llm_daemon.errors import LlmDaemonError, Unavailable, UsageError
 

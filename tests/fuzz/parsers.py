@@ -19,7 +19,8 @@ from llm_daemon.core import control, firewall
 from llm_daemon.core.assemble import Assembler, ask_to_stream
 from llm_daemon.core.openai import read_form, read_wanted
 from llm_daemon.core.sse import Event, Splitter
-from llm_daemon.daemon.http1 import Answers, Head, Heads, Request, RequestReader, ResponseReader
+from llm_daemon.daemon.heads import Answers, Heads
+from llm_daemon.daemon.http1 import Head, Request, RequestReader, ResponseReader
 from llm_daemon.errors import RemoteProtocolError, UsageError
 
 from . import corpus
@@ -142,7 +143,7 @@ def _same(head: Head | None) -> Any:
 def form(data: bytes) -> None:
     kind, _, body = data.partition(b"\n") if data.startswith(b"multipart") else (b"multipart/form-data; boundary=x", b"", data)
     with suppress(UsageError):
-        read_form(body, kind)
+        firewall.check_form(read_form(body, kind)[1])
 
 
 def wanted(data: bytes) -> None:

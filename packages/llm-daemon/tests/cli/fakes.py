@@ -42,6 +42,8 @@ class FakeDaemon:
         self.progress: list[dict[str, Any]] = []
         self.closed = threading.Semaphore(0)  # counts leases that have ended
         self.connections: list[socket.socket] = []
+        self.looks = threading.Semaphore(0)  # counts looks at /health, which hang while it is stuck
+        self.is_stuck, self.go_on = threading.Event(), threading.Event()  # `go_on` also ends a pause among the events
         folder.mkdir(parents=True, mode=0o700)
         self._serve_http()
         self.welcome = {
@@ -60,6 +62,7 @@ class FakeDaemon:
         self.thread.start()
 
     def close(self) -> None:
+        self.go_on.set()
         self.die()
         self.http.shutdown()
         self.http.server_close()
@@ -158,6 +161,13 @@ class FakeDaemon:
         fake = self
 
         class Handler(BaseHTTPRequestHandler):
+            def do_GET(self) -> None:
+                fake.looks.release()
+                if fake.is_stuck.is_set():
+                    fake.go_on.wait()
+                self.send_response(200)
+                self.end_headers()
+
             def do_POST(self) -> None:
                 body = json.loads(self.rfile.read(int(self.headers["content-length"])))
                 fake.asked.append((self.path, {k.lower(): v for k, v in self.headers.items()}, body))
@@ -170,6 +180,11 @@ class FakeDaemon:
                 for event in fake.events:
                     if event.get("break"):
                         return
+                    if event.get("pause"):
+                        fake.go_on.wait()
+                        if fake.is_stuck.is_set():  # nobody listens any more
+                            return
+                        continue
                     self.wfile.write(f"data: {json.dumps(event)}\n\n".encode())
                 self.wfile.write(b"data: [DONE]\n\n")
 

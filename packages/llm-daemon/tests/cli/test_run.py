@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import builtins
 import json
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from llm_daemon import errors
-from llm_daemon.cli import chat as chat_module, link, run
+from llm_daemon.cli import ask, chat as chat_module, link, run
 from llm_daemon.cli.ask import Answer
 from llm_daemon.cli.progress import Display
 from llm_daemon.client.sync import Progress
@@ -29,6 +30,34 @@ def test_asks_once_and_says_what_becomes_of_it(cli: Cli, daemon: FakeDaemon) -> 
     assert body["model"] == "smollm2-135m" and body["stream"] is True
     assert body["messages"] == [{"role": "user", "content": "Why is it?"}]
     assert daemon.closed.acquire(timeout=10)
+
+
+@pytest.mark.parametrize("begun", [False, True])
+def test_a_long_silence_is_borne_while_the_daemon_lives(
+    cli: Cli, daemon: FakeDaemon, monkeypatch: pytest.MonkeyPatch, begun: bool
+) -> None:
+    monkeypatch.setattr(ask, "SILENCE", 0.02)
+    daemon.events.insert(begun, {"pause": True})
+
+    def wait_for_looks() -> None:
+        for _ in range(3):
+            daemon.looks.acquire()
+        daemon.go_on.set()
+
+    looked = threading.Thread(target=wait_for_looks)
+    looked.start()
+    assert cli("run", "smollm2-135m", "hi").out == "Because of light.\n"
+    looked.join()
+
+
+def test_a_daemon_that_hangs_is_told(cli: Cli, daemon: FakeDaemon, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ask, "SILENCE", 0.02)
+    monkeypatch.setattr(ask, "ALIVE", 0.02)
+    daemon.events.insert(1, {"pause": True})
+    daemon.is_stuck.set()
+    result = cli("run", "smollm2-135m", "hi")
+    assert result.status == 75 and "the daemon (pid 77) does not answer" in result.err
+    assert result.out == "Because "
 
 
 def test_nobody_else_uses_it(cli: Cli, daemon: FakeDaemon) -> None:

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, strategies as st
 
 from llm_daemon.core import firewall
-from llm_daemon.core.openai import read_wanted
+from llm_daemon.core.openai import read_form, read_wanted
 from llm_daemon.errors import UsageError
 
 NEAR = "data:image/png;base64,iVBORw0KGgo="
@@ -71,6 +71,45 @@ def test_the_engine_reads_the_last_of_two_and_escaped_keys(body: bytes) -> None:
 )  # fmt: skip
 def test_what_cannot_be_read_is_bad_json_and_never_a_bug(body: bytes) -> None:
     assert code(body) == "bad_json"
+
+
+def form_code(*parts: bytes) -> str:
+    """The code that a form with these parts, heads and values, is refused with; empty if it passes."""
+    body = b"".join(b"--x\r\nContent-Disposition: form-data; %b\r\n" % part for part in parts) + b"--x--\r\n"
+    try:
+        firewall.check_form(read_form(body, b"multipart/form-data; boundary=x")[1])
+    except UsageError as e:
+        return e.code
+    return ""
+
+
+DEEP = b"[" * 100
+
+
+@pytest.mark.parametrize(
+    "part",
+    [
+        b'name="n_discard"\r\n\r\n-1', b'name="n_discard"\r\n\r\n"-1"', b'name="n_discard"\r\n\r\nmany',
+        b"name=n_discard\r\n\r\n -1 ", b'NAME = "id_slot"\r\n\r\n0', b'name="n"\r\n\r\n', b"name*=n\r\n\r\n99",
+        b'name="n"\r\n\r\n1\r\n--x\r\nContent-Disposition: form-data; name="n"\r\n\r\n99',
+        b'filename="a; name=n_discard"\r\n\r\n-1', b'name="n_discard"; filename="a"\r\n\r\n-1',
+        b'name="grammar"\r\n\r\n' + b"(" * 100, b'name="json_schema"\r\n\r\n ' + DEEP,
+        b'name="tools"\r\n\r\n{"pattern":"' + DEEP + b'"}',
+        b'name="image_url"\r\n\r\nhttp://10.0.0.1/', b'name="file"\r\n\r\n file:///etc/passwd',
+    ],
+)  # fmt: skip
+def test_a_form_says_no_more_than_a_body_may(part: bytes) -> None:
+    good = b'name="model"\r\n\r\nm\r\n'
+    assert form_code(good, part + b"\r\n") == "refused_parameter"
+
+
+def test_what_forms_usually_say_passes() -> None:
+    usual = {"model": "m", "response_format": "verbose_json", "temperature": "0.2", "n": "1", "prompt": "see http://a.example/b.png",
+             "timestamp_granularities[]": "word", "language": "en", "file": "x.wav"}  # fmt: skip
+    parts = [f'name="{name}"\r\n\r\n{value}\r\n'.encode() for name, value in usual.items()]
+    sound = b'name="file"; filename="http://a.example/n_discard"\r\nContent-Type: audio/wav\r\n\r\nhttp://a.example/\xff\r\n'
+    assert form_code(*parts, sound) == ""
+    assert form_code(*parts * 200) == "bad_form"
 
 
 @given(st.binary(max_size=60), st.sampled_from(["n", "n_discard", "grammar", "tools", "image", "x"]))

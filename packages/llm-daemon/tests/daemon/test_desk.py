@@ -10,7 +10,7 @@ from typing import Any, cast
 from llm_daemon.core import events as ev
 from llm_daemon.core.lanes import Ticket
 from llm_daemon.daemon.desk import DaemonDesk
-from llm_daemon.daemon.exchange import Ask, Turn
+from llm_daemon.daemon.turn import Ask, Turn
 from llm_daemon.errors import EngineError
 
 

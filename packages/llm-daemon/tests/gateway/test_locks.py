@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import hmac
+import socket
 import time
 from typing import Any
 
@@ -170,6 +171,36 @@ def test_a_client_that_never_reads_loses_its_slot(run: Any, world: Any, confirms
             await w.desk.log.until("ended")
             await w.engine.log.until("gone")
             assert not w.gateway.pool.leaving
+
+    run(main())
+
+
+def test_a_client_that_never_reads_the_rest_of_its_last_answer_is_let_go(run: Any, world: Any) -> None:
+    """Too little of it is left for the loop to tell us that the client is slow."""
+
+    async def main() -> None:
+        async with world(patience=0.3) as w:
+            client, gone = await w.client(unix=True, limit=1024), asyncio.Event()
+            assert (await client.ask("GET", "/health")).status == 200  # so that its connection is there
+            (connection,) = w.gateway.connections
+            connection.transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+            forget = w.gateway.forget
+
+            def forgotten(one: Any) -> None:
+                forget(one)
+                gone.set()
+
+            w.gateway.forget = forgotten
+
+            async def script(call: EngineCall) -> None:
+                await call.answer(b"x" * 40_000)
+
+            w.engine.script = script
+            client.request(connection="close")
+            await w.desk.log.until("ended")
+            assert 0 < connection.transport.get_write_buffer_size() < 40_000
+            await gone.wait()
+            assert not w.gateway.connections | w.gateway.slow
 
     run(main())
 

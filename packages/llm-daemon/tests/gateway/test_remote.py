@@ -8,10 +8,12 @@ import os
 import shutil
 import socket
 import ssl
+import struct
 import subprocess
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import pytest
@@ -26,6 +28,7 @@ from .fakes import FORM, TOKEN, Client, World
 OPENSSL = shutil.which("openssl")
 needs_openssl = pytest.mark.skipif(OPENSSL is None, reason="no openssl here")
 KEY = "k3y-" + "x" * 28
+ROUNDS = int(os.environ.get("ROUNDS", "300"))  # of troublesome handshakes
 
 
 @pytest.fixture(scope="session")
@@ -155,6 +158,122 @@ def test_who_speaks_no_tls_is_not_heard(run: Any, world: Any, made: Path) -> Non
             with pytest.raises(ssl.SSLCertVerificationError):
                 await asyncio.open_connection("127.0.0.1", port, ssl=ssl.create_default_context(), server_hostname="box.example")
             assert (await (await reach(w, made, port)).ask("GET", "/health", token=KEY)).status == 200
+
+    run(main())
+
+
+# -- bytes that are no TLS, or not for long
+
+
+class Hand:
+    """A TLS client that shows the bytes it would send: `say` gives them, `hear` takes the server's."""
+
+    def __init__(self, folder: Path, newest: ssl.TLSVersion) -> None:
+        trusted = ssl.create_default_context(cafile=str(folder / "cert.pem"))
+        trusted.maximum_version = newest
+        self._in, self._out, self.whole = ssl.MemoryBIO(), ssl.MemoryBIO(), False
+        self._tls = trusted.wrap_bio(self._in, self._out, server_hostname="box.example")
+
+    def say(self, plain: bytes = b"") -> bytes:
+        try:
+            if self.whole:
+                self._tls.write(plain)
+            else:
+                self._tls.do_handshake()
+                self.whole = True
+        except ssl.SSLWantReadError:
+            pass
+        return self._out.read()
+
+    def hear(self, data: bytes) -> None:
+        self._in.write(data)
+
+
+def spoil(rng: Random, data: bytes) -> bytes:
+    """With some bytes changed, cut off or put in."""
+    out = bytearray(data)
+    for _ in range(rng.randrange(4)):
+        at = rng.randrange(len(out) + 1)
+        out[at : at + rng.randrange(3)] = rng.randbytes(rng.randrange(4))
+    return bytes(out[: rng.randrange(len(out) + 1)] if rng.random() < 0.3 else out)
+
+
+async def trouble(rng: Random, folder: Path, port: int, sock: socket.socket) -> None:
+    """One client that begins as a client should, perhaps, and then says something else, perhaps."""
+    loop = asyncio.get_running_loop()
+    sock.setblocking(False)
+    await loop.sock_connect(sock, ("127.0.0.1", port))
+    hand = Hand(folder, rng.choice([ssl.TLSVersion.TLSv1_2, ssl.TLSVersion.TLSv1_3]))
+    for _ in range(rng.randrange(4)):  # flights of a good handshake
+        await loop.sock_sendall(sock, hand.say())
+        if hand.whole:
+            break
+        hand.hear(await loop.sock_recv(sock, 65536))
+    plain = b"POST /v1/embeddings HTTP/1.1\r\nHost: box.example\r\nContent-Length: 9\r\n\r\n"
+    heads = [b"", b"\x16\x03\x01\x02\x00", b"\x17\x03\x03\x00\x20", b"\x15\x03\x03\x00\x02\x02\x28", b"\x80\x2e\x01\x00\x02"]
+    said = [rng.choice(heads) + rng.randbytes(rng.randrange(300)), plain, spoil(rng, hand.say(plain)), b""]
+    await loop.sock_sendall(sock, rng.choice(said))
+    if rng.random() < 0.3:
+        await asyncio.sleep(0)
+        sock.shutdown(socket.SHUT_WR)
+    if rng.random() < 0.3:
+        async with asyncio.timeout(0.01):
+            await loop.sock_recv(sock, 65536)
+    if rng.random() < 0.3:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+
+
+@needs_openssl
+def test_handshakes_of_every_kind_break_nothing(run: Any, world: Any, made: Path) -> None:
+    async def main() -> None:
+        async with world() as w, listening(w, made) as port:
+            rng = Random(os.environ.get("SEED", "tls"))
+            for _ in range(ROUNDS):
+                with socket.socket() as sock, suppress(OSError):  # a time-out and what TLS complains of are such too
+                    await trouble(rng, made, port, sock)
+            client = await reach(w, made, port)
+            assert (await client.ask(token=KEY)).status == 200
+            await client.close()
+            async with asyncio.timeout(5):
+                while w.gateway.connections:  # noqa: ASYNC110  (of their end there is no event)
+                    await asyncio.sleep(0.001)
+            assert len(w.engine.calls) == 1
+
+    before = len(os.listdir("/proc/self/fd")) if os.path.isdir("/proc/self/fd") else 0
+    run(main())
+    if before:
+        assert len(os.listdir("/proc/self/fd")) <= before
+
+
+@needs_openssl
+@pytest.mark.parametrize("flights", [0, 1])
+def test_half_a_handshake_is_not_waited_for_for_ever(run: Any, world: Any, made: Path, flights: int) -> None:
+    async def main() -> None:
+        async with world(patience=0.2) as w, listening(w, made) as port:
+            reader, writer = await asyncio.open_connection("127.0.0.1", port)
+            hand = Hand(made, ssl.TLSVersion.TLSv1_3)
+            for _ in range(flights):
+                writer.write(hand.say())
+            with suppress(ConnectionError):
+                while await reader.read(65536):
+                    pass
+            writer.transport.abort()
+
+    run(main())
+
+
+@needs_openssl
+def test_nobody_may_shake_hands_twice(run: Any, world: Any, made: Path) -> None:
+    async def main() -> None:
+        async with world() as w, listening(w, made) as port:
+            assert OPENSSL is not None
+            process = await asyncio.create_subprocess_exec(
+                OPENSSL, "s_client", "-connect", f"127.0.0.1:{port}", "-tls1_2", "-CAfile", str(made / "cert.pem"),
+                stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+            )  # fmt: skip
+            out, _ = await process.communicate(b"R\n")
+            assert b"RENEGOTIATING" in out and b"no renegotiation" in out
+            assert (await (await reach(w, made, port)).ask(token=KEY)).status == 200
 
     run(main())
 

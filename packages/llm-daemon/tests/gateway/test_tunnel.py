@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from .fakes import CHAT, Client, EngineCall, until_gone
+from .fakes import BODY, CHAT, Client, EngineCall, until_gone
 
 PATH = "/upstream/m/realtime?x=1"
 KEY = "dGhlIHNhbXBsZSBub25jZQ=="
@@ -133,6 +133,47 @@ def test_early_bytes_wait_until_the_engine_has_agreed(run: Any, world: Any, held
             agreed.set()
             assert (await client.head()).status == 101
             assert await client.reader.readexactly(5) == b"early"
+
+    run(main())
+
+
+async def behind_another(w: Any) -> Client:
+    """A client whose first request waits, with the offer of a tunnel and a first byte for it right behind."""
+    w.desk.hold()
+    client: Client = await w.client()
+    client.send(client.raw("POST", CHAT, BODY) + client.raw("GET", PATH, None, **OFFER) + b"e")
+    await w.desk.log.until("open")
+    return client
+
+
+def test_early_bytes_wait_also_while_their_request_waits_behind_another(run: Any, world: Any) -> None:
+    async def main() -> None:
+        async with world() as w:
+
+            async def script(call: EngineCall) -> None:
+                await (echo(call) if "upgrade" in call.headers else call.answer(b"first"))
+
+            w.engine.script = script
+            client, other = await behind_another(w), await w.client()
+            for byte in (b"a", b"r", b"l", b"y"):
+                client.send(byte)
+                await other.ask("GET", "/health")  # a round for what is on its way
+            w.desk.when_opened = lambda ask, turn: turn.run(w.desk.route)
+            w.desk.turns[w.desk.log.all("open")[0].ticket].run(w.desk.route)
+            assert (await client.answer()).body == b"first"
+            assert (await client.head()).status == 101
+            assert await client.reader.readexactly(5) == b"early"
+
+    run(main())
+
+
+def test_too_many_early_bytes_behind_another_cost_the_connection(run: Any, world: Any) -> None:
+    async def main() -> None:
+        async with world() as w:
+            client = await behind_another(w)
+            client.send(b"x" * 200_000)
+            assert await client.closed()
+            await w.desk.log.until("cancel")
 
     run(main())
 

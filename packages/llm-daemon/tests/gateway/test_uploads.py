@@ -93,6 +93,19 @@ def test_forms_that_cannot_be_read(run: Any, world: Any, body: bytes, kind: str)
     run(main())
 
 
+def test_a_field_that_has_hurt_engines_reaches_none(run: Any, world: Any) -> None:
+    async def main() -> None:
+        async with world() as w:
+            client = await w.client()
+            for path in (AUDIO, "/upstream/m/other"):
+                for bad in (part("n_discard", b"-1"), part("image", b"http://10.0.0.1/")):
+                    send(client, form(part("model", b"m"), bad), path=path)
+                    assert (await client.answer()).error["code"] == "refused_parameter"
+            assert w.engine.calls == [] and w.gateway.held == 0
+
+    run(main())
+
+
 @pytest.mark.parametrize(("path", "kind"), [(CHAT, KIND), (AUDIO, "application/json"), (AUDIO, "multipart/mixed; boundary=x")])
 def test_a_form_only_where_one_is_expected(run: Any, world: Any, path: str, kind: str) -> None:
     async def main() -> None:

@@ -3,35 +3,19 @@
 from __future__ import annotations
 
 import asyncio
-import json
-import os
-import shutil
-import sys
 import tempfile
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from llm_daemon.core import events as ev
 from llm_daemon.daemon.admin import Admin
 
+from .chromium import CHROMIUM, browser
 from .fakes import SPEC, FakeFacts, load, record
 
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-FLAGS = [
-    "--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--disable-breakpad", "--no-first-run",
-    "--disable-background-networking", "--remote-debugging-pipe", "--window-size=1280,1000",
-]  # fmt: skip
-# The browser reads commands from fd 3 and answers on fd 4.
-AS_3_AND_4 = (
-    "import fcntl, os, sys\n"
-    "fds = [fcntl.fcntl(int(n), fcntl.F_DUPFD, 10) for n in sys.argv[1:3]]\n"
-    "os.dup2(fds[0], 3); os.dup2(fds[1], 4)\n"
-    "os.execv(sys.argv[3], sys.argv[3:])\n"
-)
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here")
 
 
@@ -83,87 +67,6 @@ async def opened(folder: Path, facts: FakeFacts) -> AsyncIterator[tuple[Door, st
         for task in asyncio.all_tasks() - {asyncio.current_task()}:
             task.cancel()
             await asyncio.wait([task])
-
-
-class Page:
-    """One page, led by the DevTools protocol over two pipes: JSON objects, each ended by a zero byte.
-
-    `complaints` are errors that its console showed: exceptions, and whatever its policy forbade.
-    """
-
-    def __init__(self, commands: int, answers: asyncio.StreamReader) -> None:
-        self._commands, self._answers, self._asked = commands, answers, 0
-        self._session: dict[str, str] = {}
-        self.complaints: list[Any] = []
-
-    async def ask(self, method: str, **params: Any) -> dict[str, Any]:
-        self._asked += 1
-        os.write(
-            self._commands, json.dumps({"id": self._asked, "method": method, "params": params, **self._session}).encode() + b"\0"
-        )
-        return await self._until(lambda m: m.get("id") == self._asked)
-
-    async def _until(self, is_it: Callable[[dict[str, Any]], bool]) -> dict[str, Any]:
-        while True:
-            message = json.loads((await self._answers.readuntil(b"\0"))[:-1])
-            if message.get("method") in ("Runtime.exceptionThrown", "Log.entryAdded"):
-                self.complaints.append(message["params"])
-            if is_it(message):
-                assert "error" not in message, message
-                return dict(message.get("result", {}))
-
-    async def visit(self, url: str) -> None:
-        target = await self.ask("Target.createTarget", url="about:blank")
-        attached = await self.ask("Target.attachToTarget", targetId=target["targetId"], flatten=True)
-        self._session = {"sessionId": attached["sessionId"]}
-        for domain in ("Page", "Runtime", "Log"):
-            await self.ask(f"{domain}.enable")
-        await self.load("Page.navigate", url=url)
-
-    async def load(self, method: str, **params: Any) -> None:
-        """Asks for something that loads a page, and waits until it is there."""
-        await self.ask(method, **params)
-        await self._until(lambda m: m.get("method") == "Page.loadEventFired")
-
-    async def run(self, code: str) -> Any:
-        """The value of a JavaScript expression, of a promise once it is kept."""
-        done = await self.ask("Runtime.evaluate", expression=code, awaitPromise=True, returnByValue=True)
-        assert "exceptionDetails" not in done, done
-        return done["result"].get("value")
-
-    async def wait(self, condition: str) -> None:
-        await self.run(f"new Promise((done) => {{ const look = () => ({condition}) ? done() : setTimeout(look, 10); look(); }})")
-
-    async def text(self) -> str:
-        return str(await self.run("document.documentElement.outerHTML"))
-
-
-@asynccontextmanager
-async def browser(folder: Path) -> AsyncIterator[Page]:
-    assert CHROMIUM is not None
-    (commands, to), (back, answers) = os.pipe(), os.pipe()
-    process = await asyncio.create_subprocess_exec(
-        sys.executable, "-c", AS_3_AND_4, str(commands), str(answers), CHROMIUM, *FLAGS, f"--user-data-dir={folder / 'profile'}",
-        pass_fds=(commands, answers), stdout=asyncio.subprocess.DEVNULL, stderr=asyncio.subprocess.DEVNULL,
-    )  # fmt: skip
-    os.close(commands)
-    os.close(answers)
-    reader = asyncio.StreamReader(limit=2**24)
-    transport, _ = await asyncio.get_running_loop().connect_read_pipe(
-        lambda: asyncio.StreamReaderProtocol(reader), os.fdopen(back, "rb")
-    )
-    page = Page(to, reader)
-    try:
-        yield page
-    finally:
-        os.close(to)  # it ends when nobody leads it
-        try:
-            async with asyncio.timeout(10):
-                await process.wait()
-        except TimeoutError:
-            process.kill()
-            await process.wait()
-        transport.close()
 
 
 TICKETS = "[...document.querySelectorAll('[data-ticket]')].map((row) => row.dataset.ticket).join()"

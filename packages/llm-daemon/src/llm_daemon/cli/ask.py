@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import http.client
+import io
 import json
+import socket
 from collections.abc import Callable, Generator
 from contextlib import closing
 from dataclasses import dataclass, field
+from functools import partial
 from time import monotonic
 from typing import Any
 from urllib.parse import urlsplit
 
 from .. import errors
+from ..client import start
 
 Say = Callable[[str], None]
+SILENCE = 30.0  # seconds without a byte until we ask whether the daemon is still there: an answer may take longer to begin
+ALIVE = 10.0  # seconds it has to say so
 
 
 @dataclass(slots=True)
@@ -84,7 +90,7 @@ def _take(answer: Answer, event: dict[str, Any], began: float, say: Say, think: 
 def _events(lease: Any, path: str, body: dict[str, Any]) -> Generator[dict[str, Any]]:
     """The JSON of each server-sent event."""
     connection, response = _open(lease, path, body)
-    with closing(connection):
+    with closing(connection), closing(response):
         if response.status != 200:
             raise _refused(response)
         rest = b""
@@ -106,13 +112,16 @@ def _events(lease: Any, path: str, body: dict[str, Any]) -> Generator[dict[str, 
 def _open(lease: Any, path: str, body: dict[str, Any]) -> tuple[http.client.HTTPConnection, http.client.HTTPResponse]:
     for last in (False, True):
         place = urlsplit(lease.base_url)  # attaches again if the daemon is gone
-        connection = http.client.HTTPConnection(place.hostname or "", place.port)
+        connection = http.client.HTTPConnection(place.hostname or "", place.port, timeout=SILENCE)
+        connection.response_class = _patient(partial(_check, lease, place.hostname or "", place.port))
         try:
             headers = {"Authorization": f"Bearer {lease.api_key}", "Content-Type": "application/json"}
             connection.request("POST", place.path + path, json.dumps(body), headers)
             return connection, connection.getresponse()
         except BaseException as e:
             connection.close()
+            if isinstance(e, errors.LlmDaemonError):
+                raise
             if last and isinstance(e, (OSError, http.client.HTTPException)):
                 raise errors.Unavailable(f"the endpoint {lease.base_url} does not answer: {e}", hint="try again") from e
             if not isinstance(e, (ConnectionError, http.client.RemoteDisconnected)):
@@ -121,9 +130,55 @@ def _open(lease: Any, path: str, body: dict[str, Any]) -> tuple[http.client.HTTP
     raise AssertionError("unreachable")
 
 
+class _Patient(io.RawIOBase):
+    """Reads a socket that has a time-out; each time that is over, `check` raises if there is nothing to wait for."""
+
+    def __init__(self, sock: socket.socket, check: Callable[[], None]) -> None:
+        self._sock, self._check = sock.dup(), check  # one of its own: http.client closes the other when it thinks fit
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        while True:
+            try:
+                return self._sock.recv_into(buffer)
+            except TimeoutError:
+                self._check()
+
+    def close(self) -> None:
+        self._sock.close()
+        super().close()
+
+
+def _patient(check: Callable[[], None]) -> type[http.client.HTTPResponse]:
+    """http.client's own reader cannot go on after a time-out."""
+
+    class Response(http.client.HTTPResponse):
+        def __init__(self, sock: socket.socket, *args: Any, **more: Any) -> None:
+            super().__init__(sock, *args, **more)
+            self.fp.close()
+            self.fp = io.BufferedReader(_Patient(sock, check))
+
+    return Response
+
+
+def _check(lease: Any, host: str, port: int | None) -> None:
+    """Raises DaemonUnresponsive unless the daemon answers: a long prompt is silent, and so is a daemon that hangs."""
+    connection = http.client.HTTPConnection(host, port, timeout=ALIVE)
+    with closing(connection):
+        try:
+            connection.request("GET", "/health")
+            connection.getresponse().read()
+        except (OSError, http.client.HTTPException):
+            raise start.unresponsive(lease.daemon_pid, wake_it=True) from None
+
+
 def _read(response: http.client.HTTPResponse) -> bytes:
     try:
         return response.read1(65536)
+    except errors.LlmDaemonError:
+        raise
     except (OSError, http.client.HTTPException):
         return b""  # as good as an early end
 
@@ -140,8 +195,7 @@ def _object(value: bytes, is_error: bool) -> dict[str, Any]:
 
 def _refused(response: http.client.HTTPResponse) -> errors.LlmDaemonError:
     try:
-        raw = response.read(100_000)
-        detail = json.loads(raw)["error"]
+        detail = json.loads(response.read(100_000))["error"]
     except (OSError, http.client.HTTPException, ValueError, KeyError, TypeError):
         detail = f"HTTP status {response.status} {response.reason}"
     return _told(response.status, detail)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import operator
 import re
+from collections.abc import Iterable
 from typing import Any
 
 import msgspec
@@ -20,7 +21,9 @@ DEPTH = 64  # of brackets in a grammar or schema
 CHOICES = 16  # answers to one request: each may take a slot
 LOGPROBS = 100
 
-_MEDIA = (b"image", b"audio", b"video", b"media", b"file")  # part of each key or `type` that can name something to fetch
+LONG = 1024  # bytes of a body from which reading it costs less than six looks for a word
+# Part of each key or `type` that can name something to fetch.
+_MEDIUM = re.compile(r"image|audio|video|media|file", re.IGNORECASE)
 _LABELS = ("filename", "file_name")  # an editor's word for a text, often a URI: nobody fetches it
 _DESCRIBING = ("tools", "json_schema", "response_format", "metadata")  # texts about things, never things
 _STRING = re.compile(rb'"(?:[^"\\]|\\.)*"', re.DOTALL)
@@ -50,6 +53,7 @@ class Suspects(msgspec.Struct, frozen=True, gc=False):
     output_config: msgspec.Raw = _ABSENT
 
 
+SUSPECTS = frozenset(Suspects.__struct_fields__)
 _fields = operator.attrgetter(*Suspects.__struct_fields__)
 _NONE = (_ABSENT,) * len(Suspects.__struct_fields__)
 
@@ -61,13 +65,36 @@ def check(found: Suspects, body: bytes, remote_media: bool = False) -> None:
     """
     if _fields(found) != _NONE:  # most requests have none of them
         _check_fields(found)
-    # A key may be spelt with escapes; then, and only then, the whole body has to be read.
+    # A key may be spelt with escapes; a short body without either is not read.
     if not remote_media and (
-        b"image" in body or b"audio" in body or b"video" in body or b"media" in body or b"file" in body or b"\\u" in body
-    ):
+        len(body) > LONG or b"image" in body or b"audio" in body or b"video" in body or b"media" in body or b"file" in body
+        or b"\\u" in body
+    ):  # fmt: skip
         whole = _read(body)
         if isinstance(whole, dict):
             _no_fetching({key: value for key, value in whole.items() if key not in _DESCRIBING})
+
+
+def check_form(fields: Iterable[tuple[str, bytes]], remote_media: bool = False) -> None:
+    """The same of a form's fields, whose texts engines take for what a JSON body would say.
+
+    >>> check_form([("n_discard", b"0"), ("response_format", b"text")])
+    >>> check_form([("n_discard", b"-5")])
+    Traceback (most recent call last):
+    llm_daemon.errors.UsageError: n_discard must be a number from 0 to 2147483647, not -5
+    """
+    for name, value in fields:
+        text = value.decode("latin-1").strip()
+        if name in SUSPECTS:
+            raw = msgspec.json.encode(text) if name == "grammar" else value.strip()
+            try:
+                _check_fields(Suspects(**{name: msgspec.Raw(raw)}))
+            except UsageError as e:
+                if e.code == "bad_json":
+                    raise _refused(name, f"must be a number, not {text[:40]!r}") from None
+                raise
+        if not remote_media:
+            _no_fetching({name: text})
 
 
 def _check_fields(found: Suspects) -> None:
@@ -136,23 +163,26 @@ def _shallow(name: str, text: str) -> None:
 
 def _no_fetching(whole: Any) -> None:
     """Walks a body and refuses URLs where an engine would fetch them: below a key, or in an object of a `type`, of a medium."""
-    stack: list[tuple[Any, str]] = [(whole, "")]
+    stack: list[tuple[Any, str]] = [(whole, "")]  # values, and the medium that each belongs to, if any
     while stack:
-        value, name = stack.pop()
+        value, medium = stack.pop()
         if isinstance(value, dict):
             kind = value.get("type")
-            if isinstance(kind, str) and _is_medium(kind) and not _is_medium(name):
-                name = kind  # {"type": "image", "source": {"type": "url", "url": ...}}
-            stack += [(inner, key if _is_medium(key) or not _is_medium(name) else name) for key, inner in value.items()]
+            if not medium and isinstance(kind, str) and _is_medium(kind):
+                medium = kind  # {"type": "image", "source": {"type": "url", "url": ...}}
+            stack += [
+                (inner, key if _is_medium(key) else medium)
+                for key, inner in value.items()
+                if isinstance(inner, (dict, list, str))
+            ]
         elif isinstance(value, list):
-            stack += [(inner, name) for inner in value]
-        elif isinstance(value, str) and _is_medium(name) and _REMOTE.match(value):
+            stack += [(inner, medium) for inner in value if isinstance(inner, (dict, list, str))]
+        elif medium and _REMOTE.match(value):
             raise _refused(
-                name, f"names something to fetch ({value[:60]})",
+                medium, f"names something to fetch ({value[:60]})",
                 "send it inside the request (a data: URL), or set remote_media = true",
             )  # fmt: skip
 
 
 def _is_medium(name: str) -> bool:
-    name = name.lower()
-    return name not in _LABELS and any(word.decode() in name for word in _MEDIA)
+    return _MEDIUM.search(name) is not None and name.lower() not in _LABELS

@@ -53,6 +53,7 @@ class Instance:
     starts: int = 0
     unready_before: float = 0.0
     has_fetched: bool = False
+    served: Spec | None = None  # the last one that it was found to cover
 
     @property
     def has_process(self) -> bool:

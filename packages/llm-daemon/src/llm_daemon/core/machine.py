@@ -57,7 +57,10 @@ class Machine:
             self._ended(event.ticket, event.served, now, out)  # type: ignore[union-attr]
         else:
             self._take(event, now, out)
-        busy = bool(self.tickets)
+        if self.tickets:  # somebody is here: nothing to clear up, no reason to leave
+            self.leases.exit_at = None
+            return out
+        busy = False
         for it in list(self.instances.values()):
             if it.state is State.ABSENT or it.state is State.FAILED:
                 self._forget(it, now)
@@ -262,12 +265,14 @@ class Machine:
         """The instance that serves `spec`: the readiest that covers it, else a new one."""
         fits = []
         for it in self.instances.values():
-            if it.state is State.READY and it.spec is spec:  # what nearly every request finds
+            if it.state is State.READY and it.served is spec:  # what nearly every request finds
                 return it
             if it.spec.covers(spec) and not (it.state is State.STARTING and it.spec.risks(spec)):
                 fits.append(it)
         if fits:
-            return min(fits, key=lambda it: READIEST.index(it.state))
+            it = min(fits, key=lambda it: READIEST.index(it.state))
+            it.served = spec
+            return it
         self.born += 1
         lanes = Lanes(self.queue_limit, self.max_overtake)
         it = Instance(f"i{self.born}", spec, lanes, self._pace(spec), now, changed_at=now)

@@ -8,7 +8,7 @@ from math import ceil
 import msgspec
 
 from ..errors import LlmDaemonError, Unavailable, UsageError
-from .firewall import Suspects
+from .firewall import SUSPECTS, Suspects
 
 _TYPES = {
     401: "authentication_error",
@@ -26,7 +26,8 @@ class Wanted(Suspects, frozen=True, gc=False):
 
 
 _DECODER = msgspec.json.Decoder(Wanted)
-_FIELD = re.compile(rb'name="?([^";\r\n]+)"?', re.IGNORECASE)
+_FIELD = re.compile(rb'(?<!file)name\*?\s*=\s*"?([^";\r\n]+)"?', re.IGNORECASE)
+_PARTS = 1000  # of a form
 
 
 def read_wanted(body: bytes) -> Wanted:
@@ -48,30 +49,40 @@ def read_wanted(body: bytes) -> Wanted:
         raise UsageError(f"request body is not valid JSON: {e}", code="bad_json") from None
 
 
-def read_form(body: bytes, content_type: bytes) -> Wanted:
-    r"""The same of a form (multipart/form-data, RFC 7578), whose files are not looked at.
+def read_form(body: bytes, content_type: bytes) -> tuple[Wanted, list[tuple[str, bytes]]]:
+    r"""The same of a form (multipart/form-data, RFC 7578), and its fields (name, value) for the firewall.
+
+    Files are not looked at, unless they have a suspect's name.  A part that may be read under two names has two fields.
 
     >>> form = b'--x\r\nContent-Disposition: form-data; name="model"\r\n\r\nwhisper\r\n--x--\r\n'
-    >>> read_form(form, b"multipart/form-data; boundary=x").model
-    'whisper'
+    >>> wanted, fields = read_form(form, b"multipart/form-data; boundary=x")
+    >>> wanted.model, fields
+    ('whisper', [('model', b'whisper')])
 
     Raises UsageError (`bad_form`) for a form that cannot be read.
     """
     given = re.search(rb'boundary="?([^";,\s]{1,70})"?', content_type, re.IGNORECASE)
     if given is None or not body.lstrip(b"\r\n").startswith(mark := b"--" + given[1]):
         raise UsageError("the form does not begin with its boundary", code="bad_form")
-    found: dict[bytes, bytes] = {}
-    at = body.find(mark) + len(mark)
+    found: dict[str, bytes] = {}
+    fields: list[tuple[str, bytes]] = []
+    at, parts = body.find(mark) + len(mark), 0
     while body[at : at + 2] == b"\r\n":
-        head_end, end = body.find(b"\r\n\r\n", at), body.find(b"\r\n" + mark, at)
+        head_end, end, parts = body.find(b"\r\n\r\n", at), body.find(b"\r\n" + mark, at), parts + 1
         if not at <= head_end < end:
             raise UsageError("the form is broken off", code="bad_form")
+        if parts > _PARTS:
+            raise UsageError(f"the form has more than {_PARTS} parts", code="bad_form")
         head = body[at:head_end]
-        if (field := _FIELD.search(head)) and field[1] in (b"model", b"stream") and b"filename" not in head:
-            found[field[1]] = body[head_end + 4 : end]
+        for name in [field.decode("latin-1") for field in _FIELD.findall(head)]:
+            if b"filename" not in head.lower():
+                found[name] = body[head_end + 4 : end]
+                fields.append((name, found[name]))
+            elif name in SUSPECTS:
+                fields.append((name, body[head_end + 4 : end]))
         at = end + 2 + len(mark)
     try:
-        return Wanted(model=found.get(b"model", b"").decode() or None, stream=found.get(b"stream") in (b"true", b"1"))
+        return Wanted(model=found.get("model", b"").decode() or None, stream=found.get("stream") in (b"true", b"1")), fields
     except UnicodeDecodeError:
         raise UsageError("the form's model is not UTF-8", code="bad_form") from None
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from collections.abc import Iterable
+from contextlib import suppress
 from functools import partial
 from typing import TYPE_CHECKING, cast
 
@@ -17,7 +18,7 @@ from ..core.openai import error_body, retry_after
 from ..core.routes import UPSTREAM
 from ..errors import LlmDaemonError, UsageError
 from .guard import peer_is_us
-from .http1 import PHRASES, Request, RequestReader
+from .http1 import HEAD_LIMIT, PHRASES, Request, RequestReader
 from .identity import peer
 
 if TYPE_CHECKING:
@@ -64,8 +65,7 @@ class Connection(asyncio.Protocol):
     def data_received(self, data: bytes) -> None:
         reader = self._reader
         if reader.done:
-            if self._tunnel is not None:
-                self._tunnel.client_sent(data)
+            self._follow(data)
             return
         requests = reader.feed(data)
         if len(requests) == 1 and self._exchange is None and not (self._waiting or self._paused or self._closing):
@@ -177,7 +177,7 @@ class Connection(asyncio.Protocol):
         if not self._slow_since:
             self._gateway.slow.discard(self)
         elif now - self._slow_since >= self._gateway.patience:
-            if self._paused or self._held_back:
+            if self._paused or self._held_back or (self._closing and self.transport.get_write_buffer_size()):
                 self.transport.abort()
             elif self._exchange is not None:  # it waits for us, and its next request may take its time from then on
                 self._slow_since = now
@@ -190,6 +190,15 @@ class Connection(asyncio.Protocol):
                 self._close()
 
     # -- inside
+
+    def _follow(self, data: bytes) -> None:
+        """Bytes behind the last request: its own if it may switch protocols, also while it waits behind others."""
+        if self._tunnel is not None:
+            self._tunnel.client_sent(data)
+        elif self._waiting and self._waiting[-1].tunnel:
+            self._reader.rest += data
+            if len(self._reader.rest) > HEAD_LIMIT:
+                self.transport.abort()
 
     def _is_slow_from_here(self) -> None:
         if not self._slow_since:
@@ -265,10 +274,13 @@ class Connection(asyncio.Protocol):
         self._forget_waiting()
         if lingers and self.transport.can_write_eof():
             # The client may still be sending; closing now would reset the connection and lose it our answer.
-            self.transport.write_eof()
+            with suppress(OSError):  # reset, and the standard loop has not told us yet
+                self.transport.write_eof()
             self._linger = asyncio.get_running_loop().call_later(_LINGER, self.transport.abort)
         else:
             self.transport.close()
+            if self.transport.get_write_buffer_size():  # too little to be paused for, and yet it may never be taken
+                self._is_slow_from_here()
 
     def _hang_up(self) -> None:
         if self._gone:

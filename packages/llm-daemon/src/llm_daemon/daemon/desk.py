@@ -23,8 +23,9 @@ from .route import Route
 
 if TYPE_CHECKING:
     from .app import Daemon
-    from .exchange import Ask, Exchange, Turn
+    from .exchange import Exchange
     from .process import EngineProcess
+    from .turn import Ask, Turn
 
 log = logging.getLogger("llm_daemon")
 RECORD_AFTER = 0.02  # seconds from the end of a request to its record
@@ -193,7 +194,7 @@ class DaemonDesk:
         end = ENDS.get(e.code) or ("served" if not e.code else "failed" if e.ran else "refused")
         record = TicketRecord(
             ticket=ask.ticket, time=time.time() - (perf_counter() - e.opened), path=ask.path,
-            model=live.spec.model if live else ask.model or "", end=end, total_s=total, instance=e.instance,
+            model=live.model if live else ask.model or "", end=end, total_s=total, instance=e.instance,
             engine=live.engine if live else "", lane=ask.lane, stream=ask.stream, via=ask.via, pid=ask.peer or None,
             status=e.status, code="" if end == "served" else e.code, queue_s=max(0.0, began - e.opened - e.loaded_for),
             load_s=e.loaded_for, engine_s=(e.headed or now) - began if e.ran else 0.0,

@@ -10,17 +10,17 @@ from __future__ import annotations
 import asyncio
 from contextlib import suppress
 from time import perf_counter
-from typing import TYPE_CHECKING, Protocol
-
-import msgspec
+from typing import TYPE_CHECKING
 
 from ..core.assemble import NOT_IN_STREAM, Assembler, ask_to_stream
 from ..core.openai import error_body, rewritten
 from ..core.routes import Kind, Route as Way
 from ..errors import Bug, EngineError, LlmDaemonError, RemoteProtocolError, UsageError
-from .http1 import HEAD_LIMIT, Head, Request, chunk, request_bytes
+from .http1 import HEAD_LIMIT, Head, Request
 from .route import Route
+from .turn import Ask
 from .upstream import Call
+from .written import chunk, request_bytes
 
 if TYPE_CHECKING:
     from .connection import Connection
@@ -33,41 +33,6 @@ _PASSED = (
     b"if-modified-since", b"last-event-id",
 )  # fmt: skip
 _SWITCHING = (b"sec-websocket-key", b"sec-websocket-version", b"sec-websocket-protocol", b"sec-websocket-extensions")
-
-
-class Ask(msgspec.Struct, frozen=True):
-    """A request that wants an engine.  `model` is None when it names none; `via` is `tcp`, `unix` or `tls`.
-
-    `deadline` is seconds from now until it must have begun, `keep_alive` seconds that its model stays when idle.
-    `peer` is the client's process id where the kernel tells it, else 0.
-    """
-
-    ticket: str
-    path: str
-    model: str | None
-    stream: bool
-    via: str
-    lane: str = "regular"
-    supersede: str | None = None
-    deadline: float | None = None
-    keep_alive: float | None = None
-    peer: int = 0
-
-
-class Turn(Protocol):
-    """A waiting request, as the desk sees it.  Calls that come too late (the client is gone) do nothing."""
-
-    def run(self, route: Route, loaded_for: float = 0.0) -> None:
-        """The slot is yours: relay now.  `loaded_for`: seconds of the waiting in which the model was not ready."""
-        ...
-
-    def refuse(self, error: LlmDaemonError) -> None:
-        """Ends a waiting ticket: the client gets the error, `Retry-After` from `error.data["retry_after"]`."""
-        ...
-
-    def abort(self, error: LlmDaemonError) -> None:
-        """Breaks off a running ticket: the client gets the error now, and `Desk.ended` follows when the engine has let go."""
-        ...
 
 
 class Exchange:
@@ -158,9 +123,7 @@ class Exchange:
         return self._way.path in route.deaf and not self.ask.stream and self._assembler is None
 
     def refuse(self, error: LlmDaemonError) -> None:
-        if self._state == "running":  # a desk that knows nothing of `abort`
-            self.abort(error)
-        elif self._state != "over":
+        if self._state == "waiting":
             self._end()
             self._give(error)
 
@@ -444,39 +407,6 @@ class Exchange:
             self._connection.write(chunk(event) + b"0\r\n\r\n" if self._chunked else event)
             keep = self._chunked
         self._connection.finished(self.request, keep=keep)
-
-
-class Visit(Exchange):
-    """A request for the admin app: it needs no ticket, wakes nobody and keeps nobody alive."""
-
-    _task: asyncio.Task[None] | None = None
-
-    def _open(self) -> None:
-        self._task = asyncio.get_running_loop().create_task(self._visit())
-
-    async def _visit(self) -> None:
-        try:
-            path = await self._gateway.desk.admin()
-        except Exception as e:
-            self.refuse(report(e))
-        else:
-            self.run(Route("", path))
-
-    def _gone(self) -> None:
-        if self._task is not None:
-            self._task.cancel()
-
-    def _aborting(self) -> None:
-        pass
-
-    def _ended(self, served: bool) -> None:
-        pass
-
-    def _lost(self, error: LlmDaemonError) -> bool:
-        return False
-
-    def _own_headers(self) -> bytes:
-        return b""
 
 
 def report(error: Exception) -> Bug:

@@ -25,11 +25,14 @@ from ..core.openai import read_form, read_wanted
 from ..core.routes import ASIDE, INTERACTIVE, REGULAR, Kind, Route as Way, find, is_open, known
 from ..errors import LlmDaemonError, Unavailable, UsageError
 from .connection import Connection
-from .exchange import Ask, Exchange, Turn, Visit, report
+from .exchange import Exchange, report
 from .guard import Guard
-from .http1 import Heads, Request
+from .heads import Heads
+from .http1 import Request
 from .route import Route
+from .turn import Ask, Turn
 from .upstream import Pool
+from .visit import Visit
 
 __all__ = ["Ask", "Desk", "Exchange", "Gateway", "Route", "Turn"]
 
@@ -150,8 +153,9 @@ class Gateway:
         tls.setblocking(False)
         port = tls.getsockname()[1]
         self._servers["tls"] = await asyncio.get_running_loop().create_server(
-            lambda: Connection(self, "tls", port), sock=tls, backlog=_BACKLOG, ssl=context
-        )
+            lambda: Connection(self, "tls", port), sock=tls, backlog=_BACKLOG, ssl=context,
+            ssl_handshake_timeout=self.patience, ssl_shutdown_timeout=self.patience,
+        )  # fmt: skip
 
     def leave_port(self) -> None:
         """Accepts nobody any more on TCP; open connections stay."""
@@ -274,7 +278,8 @@ class Gateway:
         if way.kind is Kind.RELAYED or (way.kind is Kind.PASSED and request.body):
             kind = request.headers.get(b"content-type", b"")
             if kind.lower().startswith(b"multipart/"):
-                found = read_form(request.body, kind)
+                found, fields = read_form(request.body, kind)
+                firewall.check_form(fields, self._remote_media)
             elif way.kind is Kind.RELAYED or kind.lower().startswith(b"application/json"):
                 found = read_wanted(request.body)
                 firewall.check(found, request.body, self._remote_media)

@@ -135,10 +135,11 @@ class History:
         if self._db is None:
             self._db = self._open()
         encode = msgspec.json.encode
-        tickets = [
+        # Not lists: sqlite lets the loop's thread go on between two rows, and making hundreds of them at once does not.
+        tickets = (
             (t, key, model, encode(what).decode(), body) for table, t, key, model, what, body in rows if table == "tickets"
-        ]
-        events = [(t, key, model, encode(what).decode()) for table, t, key, model, what, _ in rows if table == "events"]
+        )
+        events = ((t, key, model, encode(what).decode()) for table, t, key, model, what, _ in rows if table == "events")
         with self._db as db:  # one transaction
             db.executemany("insert into tickets (time, ticket, model, record, body) values (?, ?, ?, ?, ?)", tickets)
             db.executemany("insert into events (time, kind, model, record) values (?, ?, ?, ?)", events)

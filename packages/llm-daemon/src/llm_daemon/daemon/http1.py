@@ -7,15 +7,18 @@ What llhttp does not bound - heads, trailers, chunk extensions - is bounded here
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from http import HTTPStatus
+from typing import TYPE_CHECKING
 
 import httptools
 import msgspec
 
 from ..core.routes import Route
 from ..errors import LlmDaemonError, RemoteProtocolError, Unavailable, UsageError
+
+if TYPE_CHECKING:
+    from .heads import Answers, Heads
 
 HEAD_LIMIT = 64 * 1024
 URL_LIMIT = 8 * 1024
@@ -51,46 +54,6 @@ class Request(msgspec.Struct):
     held: int = 0  # bytes of body that `RequestReader`'s `hold` granted
     wishes: bool = False  # it has headers of our own
     memo: dict[str, bytes] | None = None  # what was made of a head that is known, by whoever makes it
-
-
-_LENGTH = re.compile(rb"\r\nContent-Length: ?([0-9]{1,8})(?=\r\n|$)", re.IGNORECASE)
-
-
-class Heads:
-    """Request heads that were read and judged: a client mostly says the same head again, with another length.
-
-    Keyed by every byte of the head but the digits of its only Content-Length, so that what is known of one is true of the
-    other.  Only plain, good requests are remembered, and few: whoever sends many different ones gains nothing.
-    """
-
-    MOST, LONGEST = 64, 2048
-
-    def __init__(self) -> None:
-        self._known: dict[bytes, Request] = {}
-
-    def find(self, data: bytes) -> tuple[Request, int, int] | None:
-        """(request without body, where its body begins, how long it is) if `data` begins with a head that is known."""
-        end = data.find(b"\r\n\r\n", 0, self.LONGEST)
-        if end < 0 or (match := _LENGTH.search(data, 0, end)) is None:
-            return None
-        a, b = match.span(1)
-        known = self._known.get(data[:a] + data[b:end])
-        return None if known is None else (known, end + 4, int(data[a:b]))
-
-    def learn(self, data: bytes, request: Request) -> None:
-        """`request` is all that `data` held."""
-        end = data.find(b"\r\n\r\n", 0, self.LONGEST)
-        match = _LENGTH.search(data, 0, end) if end >= 0 else None
-        if (
-            match is None or request.error or request.tunnel or request.repeated or not request.keep_alive
-            or request.version != "1.1" or len(data) - end - 4 != len(request.body) or int(match[1]) != len(request.body)
-            or request.headers.keys() & {b"transfer-encoding", b"expect", b"upgrade"}
-        ):  # fmt: skip
-            return
-        if len(self._known) >= self.MOST:
-            self._known.clear()
-        a, b = match.span(1)
-        self._known[data[:a] + data[b:end]] = msgspec.structs.replace(request, body=b"", held=0, memo={})
 
 
 class RequestReader:
@@ -303,36 +266,6 @@ class Head(msgspec.Struct):
         return not (self.chunked or self.length is not None or self.status in (204, 304))
 
 
-class Answers:
-    """Heads of whole, plain answers that were read before: the same for an engine's, with another length each time."""
-
-    MOST, LONGEST = 64, 1024
-
-    def __init__(self) -> None:
-        self._known: dict[bytes, Head] = {}
-
-    def find(self, data: bytes) -> tuple[Head, int] | None:
-        """(head, where the body begins) if `data` is one whole answer with a head that is known."""
-        end = data.find(b"\r\n\r\n", 0, self.LONGEST)
-        if end < 0 or (match := _LENGTH.search(data, 0, end)) is None:
-            return None
-        a, b = match.span(1)
-        if len(data) != end + 4 + int(data[a:b]) or (known := self._known.get(data[:a] + data[b:end])) is None:
-            return None
-        return Head(known.status, known.reason, known.lines, data[a:b], False, known.content_type), end + 4
-
-    def learn(self, data: bytes, head: Head) -> None:
-        """`data` was one whole answer on a connection that may be used again."""
-        end = data.find(b"\r\n\r\n", 0, self.LONGEST)
-        match = _LENGTH.search(data, 0, end) if end >= 0 else None
-        if match is None or head.chunked or head.length != match[1] or len(data) != end + 4 + int(match[1]) or head.status != 200:
-            return
-        if len(self._known) >= self.MOST:
-            self._known.clear()
-        a, b = match.span(1)
-        self._known[data[:a] + data[b:end]] = Head(200, head.reason, [b"".join(head.lines)], None, False, head.content_type)
-
-
 class ResponseReader:
     """Bytes of one engine connection in, answers out; interim (1xx) answers are swallowed.
 
@@ -461,20 +394,3 @@ class ResponseReader:
             self._interim = False
         elif not self._complete:
             self._complete, self.reusable = True, self._parser.should_keep_alive()
-
-
-def request_bytes(target: bytes, headers: Iterable[tuple[bytes, bytes]], body: bytes, method: bytes = b"POST") -> bytes:
-    """A request to an engine.  The head is ours from the first to the last byte; `headers` come from an allow-list."""
-    lines = b"".join([b"%b: %b\r\n" % pair for pair in headers])
-    if body or method not in (b"GET", b"HEAD"):
-        lines += b"Content-Length: %d\r\n" % len(body)
-    return b"%b %b HTTP/1.1\r\nHost: localhost\r\n%b\r\n%b" % (method, target, lines, body)
-
-
-def chunk(piece: bytes) -> bytes:
-    """One chunk of a chunked body.
-
-    >>> chunk(b"hello, chunks")
-    b'd\\r\\nhello, chunks\\r\\n'
-    """
-    return b"%x\r\n%b\r\n" % (len(piece), piece)

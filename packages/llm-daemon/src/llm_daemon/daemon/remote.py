@@ -46,6 +46,7 @@ def context(settings: Settings) -> ssl.SSLContext:
             raise _bad(f"tls_key {private} can be read by everybody", f"chmod 600 {private}")
     made = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     made.minimum_version = ssl.TLSVersion.TLSv1_2
+    made.options |= ssl.OP_NO_RENEGOTIATION  # each costs us more than it costs a client; OpenSSL 3 does so by itself
     try:
         made.load_cert_chain(cert, private, password=lambda: "")  # never ask anybody: a daemon has no terminal
     except (OSError, ValueError) as e:

@@ -45,6 +45,7 @@ class Live:
     """What the shell knows of one instance's process, for routing and for `ps`."""
 
     spec: Spec
+    model: str  # of the spec; each request asks for it
     engine: str = ""
     version: str = ""
     log_path: str = ""
@@ -150,7 +151,7 @@ class Supervisor:
     # Start ----------------------------------------------------------------------------------------------------
     def start(self, instance: str, spec: Spec) -> None:
         """Begins to start an engine; Up or Down follows."""
-        live = self.live[instance] = Live(spec)
+        live = self.live[instance] = Live(spec, spec.model)
         live.task = asyncio.create_task(self._start(instance, live))
 
     async def _start(self, instance: str, live: Live) -> None:

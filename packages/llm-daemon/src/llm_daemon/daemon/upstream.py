@@ -20,7 +20,8 @@ from typing import Protocol, cast
 
 from ..errors import LlmDaemonError, RemoteProtocolError
 from .address import connect_tcp, tcp
-from .http1 import Answers, Head, ResponseReader
+from .heads import Answers
+from .http1 import Head, ResponseReader
 
 LET_GO = 5.0  # seconds an engine that confirms may need to let go of a request; then its connection is torn down
 OUTLAST = 600.0  # seconds a deaf one may need for the rest of its answer
