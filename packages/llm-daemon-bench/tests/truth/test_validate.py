@@ -58,7 +58,7 @@ def test_tools_that_are_not_here_are_told_with_how_to_get_them(capsys: pytest.Ca
     assert all(f"pip install {line['against']}" in line["note"] for line in told["lines"])
 
 
-@pytest.mark.parametrize(("ttft", "apart"), [(0.1, False), (0.16, True)])
+@pytest.mark.parametrize(("ttft", "apart"), [(0.2, False), (0.26, True)])
 def test_a_tool_is_run_in_turns_with_us(capsys: pytest.CaptureFixture[str], tmp_path: Path, ttft: float, apart: bool) -> None:
     program(tmp_path, "servebench", SERVEBENCH, ttft=ttft, status=0)
     status, told = validate(capsys, "--step", "V4", "--tool-path", str(tmp_path))
@@ -69,7 +69,7 @@ def test_a_tool_is_run_in_turns_with_us(capsys: pytest.CaptureFixture[str], tmp_
     if apart:
         assert (status, first["agrees"]) == (1, False)
     else:
-        assert first["ours"] == pytest.approx(100, abs=30)  # a busy machine may make it later, and may make it disagree
+        assert first["ours"] == pytest.approx(200, abs=30)  # a busy machine may make it later, and may make it disagree
 
 
 def test_a_tool_that_fails_says_why(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

@@ -28,7 +28,7 @@ from .known import Known, ask, cases
 
 TTFT = Bound(absolute=3.0, part=0.03)
 DECODE = Bound(part=0.02)
-STEADY = Known("steady", Script(None, role_first=True, prefill_ms=100, token_ms=10))
+STEADY = Known("steady", Script(None, role_first=True, prefill_ms=200, token_ms=10))
 ROUNDS = 3
 REQUESTS = 6  # of each tool in a round
 TOKENS = 64
