@@ -4,8 +4,9 @@
     python tools/bench_matrix.py --prepare          # only prepare
     python tools/bench_matrix.py --trials 1 --launches 1 --case speed-64    # what follows is for `bench run`
 
-Prepared are: llama-server and llama-quantize (built once), the two models (fetched once), and their quantizations
-(.cache/matrix).  Let the machine rest while it runs: about a quarter of an hour.
+Prepared are: llama-server and llama-quantize (built once), llama-cpp-python with its own server (built once, in an environment
+of its own), the two models (fetched once), and their quantizations (.cache/matrix).  Let the machine rest while it runs: about
+a quarter of an hour.
 """
 
 from __future__ import annotations
@@ -25,6 +26,8 @@ from tools import build_llama_server as build, quantize  # noqa: E402
 MODELS = ("smollm2-135m", "gemma3-270m")
 QUANTS = ("Q8_0", "Q5_1", "Q4_0")
 PLACE = ROOT / ".cache" / "matrix"
+PROGRAMS = PLACE / "bin"
+PYTHON_SERVER = PROGRAMS / "llama-cpp-python-server"
 SUITE = ROOT / "docs" / "bench" / "matrix.toml"
 OWN = Path(sys.executable).parent  # where our own programs are
 
@@ -35,7 +38,10 @@ def main(args: Sequence[str]) -> int:
         return status
     if "--prepare" in args:
         return 0
-    env = {**os.environ, "PATH": os.pathsep.join([str(build.FOLDER), os.environ.get("PATH", os.defpath)])}  # its llama-server
+    env = {
+        **os.environ,
+        "PATH": os.pathsep.join([str(build.FOLDER), str(PROGRAMS), os.environ.get("PATH", os.defpath)]),
+    }  # its llama-server
     suite, results = (str(path.relative_to(ROOT)) for path in (SUITE, PLACE / "results"))
     run = [str(OWN / "llm-daemon"), "bench", "run", suite, "--out", results, "--json", *args]
     ran = subprocess.run(run, cwd=ROOT, env=env, stdout=subprocess.PIPE, text=True, check=False)
@@ -49,6 +55,7 @@ def prepare() -> int:
     if status := build.build(["llama-server", "llama-quantize"]):
         return status
     PLACE.mkdir(parents=True, exist_ok=True)
+    python_server()
     for model in MODELS:
         weights = fetch(model)
         for quant in QUANTS:
@@ -57,6 +64,25 @@ def prepare() -> int:
                 print(f"quantizing {there.name}", file=sys.stderr)
                 link(quantize.quantize(weights, quant), there)
     return 0
+
+
+def python_server() -> None:
+    """llama-cpp-python's `llama_cpp.server` as a program; its library is compiled, which takes some minutes, once."""
+    if PYTHON_SERVER.exists():
+        return
+    print("building llama-cpp-python (some minutes; once)", file=sys.stderr)
+    venv = PLACE / "llama-cpp-python"
+    subprocess.run([sys.executable, "-m", "venv", "--clear", venv], check=True)
+    options = " ".join(("-DGGML_NATIVE=ON", "-DLLAMA_BUILD_TESTS=OFF", "-DLLAMA_OPENSSL=OFF", "-DLLAMA_CURL=OFF"))
+    subprocess.run(
+        [venv / "bin" / "pip", "install", "--quiet", "--no-binary", build.NAME, f"{build.NAME}[server]=={build.VERSION}"],
+        env={**os.environ, "CMAKE_ARGS": options}, check=True,
+    )  # fmt: skip
+    PROGRAMS.mkdir(exist_ok=True)
+    half = PYTHON_SERVER.with_suffix(f".{os.getpid()}")
+    half.write_text(f'#!/bin/sh\nexec "{venv}/bin/python" -m llama_cpp.server "$@"\n')
+    half.chmod(0o755)
+    half.rename(PYTHON_SERVER)
 
 
 def fetch(model: str) -> Path:

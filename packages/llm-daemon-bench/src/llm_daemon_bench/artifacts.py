@@ -15,7 +15,7 @@ from llm_daemon.client.sync import wish
 from llm_daemon.config import Settings
 from llm_daemon.engines.base import Adapter, Location
 from llm_daemon.engines.registry import Registry
-from llm_daemon.errors import LlmDaemonError
+from llm_daemon.errors import LlmDaemonError, UsageError
 from llm_daemon.models.catalog import Catalog
 from llm_daemon.models.fetch import fetch_sync
 from llm_daemon.models.gguf import header
@@ -80,6 +80,8 @@ class Finder:
         }  # fmt: skip
 
     def _describe(self, path: str) -> Artifact:
+        if os.path.isdir(path):
+            raise UsageError(f"{path} is a folder", code="bad_model", hint="targets are single files so far")
         name = None
         try:
             name = header(path).quant

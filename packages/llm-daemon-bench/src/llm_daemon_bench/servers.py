@@ -207,7 +207,7 @@ class Starter:
         except BaseException:
             shutil.rmtree(folder, ignore_errors=True)
             raise
-        model = target.server.model_name or served(endpoint) or alias
+        model = target.server.model_name or (alias if target.server.engine else served(endpoint)) or alias
         return Launched(process, endpoint, model, folder, cp, tuple(argv), process.tag[:8], process.spawn_ns)
 
     def _wait(
@@ -306,9 +306,11 @@ def _engine_command(target: Target, weights: Weights, folder: str) -> tuple[list
         args=(*map(str, table.get("args", ())), *server.args),
     )  # fmt: skip
     plan = adapter.plan(weights.spec, where, grant)
+    if plan.files or plan.paths or plan.warm_up or (isinstance(plan.address, Tcp) and plan.address.told):
+        raise NotReady(f'{server.id}: this engine runs through the daemon only: via = "daemon"', {})
     own = {str(k): str(v) for k, v in table.get("env", {}).items()}
     env = {**scrubbed_env(os.environ, f"bench-{os.getpid()}"), **own, **plan.env, **server.env}
-    return list(plan.argv), env, _address(plan, folder), weights.spec.model
+    return list(plan.argv), env, _address(plan, folder), plan.served_id or weights.spec.model
 
 
 def _address(plan: Plan, folder: str) -> Endpoint:
@@ -394,7 +396,7 @@ def own_daemon() -> Iterator[None]:
     with tempfile.TemporaryDirectory(prefix=f"{SCRATCH}{os.getpid()}-", ignore_cleanup_errors=True) as folder:
         mine = {
             "RUNTIME_DIR": os.path.join(folder, "run"), "STATE_DIR": os.path.join(folder, "state"), "TTL": "0", "LINGER": "0",
-            "HISTORY_LIMIT": "0", "THREADS": str(max(1, usable_cores() - 1)),
+            "HISTORY_LIMIT": "0", "PROMPT_CACHE_LIMIT": "0", "THREADS": str(max(1, usable_cores() - 1)),
         }  # fmt: skip
         before = {f"LLM_DAEMON_{name}": os.environ.get(f"LLM_DAEMON_{name}") for name in mine}
         os.environ.update({f"LLM_DAEMON_{name}": value for name, value in mine.items()})

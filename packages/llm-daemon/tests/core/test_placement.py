@@ -496,3 +496,38 @@ class Crowd(RuleBasedStateMachine):
 
 Crowd.TestCase.settings = settings(max_examples=40, stateful_step_count=30, deadline=None)
 TestCrowd = Crowd.TestCase
+
+
+def test_a_model_of_unknown_weight_starts_once_where_more_is_used_than_there_is() -> None:
+    m = crowd()
+    a, b = loaded(m, "ta", "a", 5, 0), loaded(m, "tb", "b", 5, 0)
+    for ticket, name in (("ua", "a"), ("ub", "b")):
+        m.handle(ev.Arrived(ticket, spec(name)), 1)
+    m.handle(ev.Weighed(a, 8), 1)
+    (start,) = ask(m, "t", "unknown", 0, 2)
+    assert isinstance(start, ev.Start)
+    assert m.handle(ev.Weighed(start.instance, 0), 2) == []  # looked at anew once its file is here
+    assert m.instances[start.instance].state is State.STARTING
+    assert b in m.instances
+
+
+def test_a_download_takes_no_memory() -> None:
+    m = crowd()
+    (start,) = ask(m, "t", "fetched", 9, 0)
+    assert isinstance(start, ev.Start)
+    m.handle(ev.Progressed(start.instance, {"phase": "download"}), 1)
+    assert kinds(ask(m, "u", "here", 8, 2)) == ["Start"]
+    m.handle(ev.Ended("u"), 3)
+
+
+def test_a_wish_that_is_taken_over_brings_its_keep_alive() -> None:
+    m = crowd()
+    loaded(m, "busy", "a", 6, 0)
+    m.handle(ev.Arrived("busy", spec("a")), 1)
+    m.handle(ev.Joined("l"), 2)
+    weighed(m, m.handle(ev.Want("l", 1, spec("b"), keep_alive=0.0), 2), 6, 2)
+    (waiting,) = m.placement.queue.values()
+    other = Instance("o", spec("b"), Lanes(1, 1.0), Pace(), 2, 2, State.READY)
+    m.instances["o"] = other
+    m._take_over(other, 3)
+    assert other.keep_alive == waiting.keep_alive == 0.0

@@ -15,9 +15,11 @@ import pytest
 from llm_daemon import budget as module, errors
 from llm_daemon.config import Settings
 from llm_daemon.daemon import memory
-from llm_daemon.daemon.memory import Learned, Memory, key, peak_bytes, tree
+from llm_daemon.daemon.address import tree
+from llm_daemon.daemon.memory import Learned, Memory, key, peak_bytes
 from llm_daemon.engines.registry import Registry
 from llm_daemon.models.catalog import Catalog
+from llm_daemon.models.weight import PROCESS
 from llm_daemon.spec import Artifact, Spec, Wish
 
 MB = 1_000_000
@@ -44,9 +46,11 @@ def test_an_adapter_tells_until_its_engine_has_shown(tmp_path: Path, fake_model:
     assert weight.parts is not None and weight.parts.total == 30 * MB
 
 
-def test_what_nobody_knows_counts_nothing_yet(tmp_path: Path, fake_model: Callable[..., str]) -> None:
+def test_what_nobody_tells_counts_by_its_size_at_first(tmp_path: Path, fake_model: Callable[..., str]) -> None:
     it = scales(tmp_path)
-    assert it.weigh(resolved(fake_model())).basis == "unknown"
+    model = fake_model()
+    weight = it.weigh(resolved(model))
+    assert (weight.basis, weight.need) == ("size", os.path.getsize(model) + PROCESS)
     there = Spec(Wish("x"), Artifact("https", "https://h/x.gguf", "k"))
     assert (it.weigh(there).need, it.weigh(there).basis) == (0, "unknown")
     sized = Spec(Wish("x"), Artifact("https", "https://h/x.gguf", "k", size=100 * MB))

@@ -178,6 +178,28 @@ def test_what_is_being_written_is_not_cleared(tmp_path: Path, engine: Engine, mo
     assert kept.save() == ["index.json", "slot-0.bin"] and seen == [["slot-0.bin"]]
 
 
+@pytest.mark.parametrize("odd", [None, "many", [1]])
+def test_an_engine_that_answers_nonsense_is_only_not_kept(
+    tmp_path: Path, engine: Engine, odd: object, caplog: pytest.LogCaptureFixture
+) -> None:
+    slots = engine(100)
+    kept = Kept(PromptCache(str(tmp_path), 10**6), slots)
+    slots.tokens[0] = odd  # type: ignore[call-overload]
+    kept.save()
+    assert "could not be kept" in caplog.text
+
+
+def test_the_empty_folder_of_an_engine_that_starts_stays_for_a_while(tmp_path: Path) -> None:
+    cache = PromptCache(str(tmp_path), 10**6)
+    folder = cache.folder("starting")
+    assert folder is not None
+    cache.trim()
+    assert os.path.isdir(folder)
+    os.utime(folder, (0, 0))
+    cache.trim()
+    assert not os.path.exists(folder)
+
+
 def test_a_limit_of_nothing_keeps_nothing(tmp_path: Path, engine: Engine) -> None:
     root = tmp_path / "p"
     Kept(PromptCache(str(root), 10**6), engine(100)).save()

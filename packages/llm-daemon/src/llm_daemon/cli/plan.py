@@ -27,13 +27,13 @@ PARTS = {"weights_bytes": "weights", "cache_bytes": "cache", "compute_bytes": "c
 @click.argument("model", required=False)
 @load_options
 @json_option
-def command(model: str | None, json_: bool, **options: Any) -> None:
+def command(model: str | None, load: dict[str, Any], json_: bool) -> None:
     """Show what loading a model would do.
 
     Its file, here or to be fetched; engine and command line; the memory it needs, and who would have to leave for it. Nothing is
     started or fetched. Works with a daemon and without.
     """
-    wish = link.sync.wish(model if model is not None else link.default_model(), **options)
+    wish = link.sync.wish(model if model is not None else link.default_model(), **load)
     found = _of_daemon(wish) or _alone(wish)
     if json_:
         as_json(found)

@@ -94,7 +94,10 @@ class Machine:
                     self._cut_short(self.tickets[ticket], error, now, out)
             case ev.Progressed(instance, info):
                 if it := self.instances.get(instance):
-                    it.has_fetched |= info.get("phase") == "download"
+                    if info.get("phase") == "download" and not it.has_fetched:
+                        it.has_fetched = True
+                        if self.budget is not None and it.state is State.STARTING:
+                            it.need = 0  # nothing of it is in memory yet: Weighed follows when it is here
                     out += [ev.TellProgress(lease, request, info) for lease, request in it.waiters]
             case ev.Up(instance, slots):
                 self._up(self.instances[instance], slots, now, out)
@@ -417,6 +420,8 @@ class Machine:
             self.placement.leave(other)
             it.leases |= other.leases
             it.waiters += other.waiters
+            if other.keep_alive is not None:
+                it.keep_alive = other.keep_alive
             moved = other.lanes.clear_waiting()
             for ticket in moved:
                 ticket.instance, ticket.unready = it.id, it.unready(now) - (other.unready(now) - ticket.unready)

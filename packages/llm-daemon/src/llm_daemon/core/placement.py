@@ -75,7 +75,7 @@ class Placement:
             return Fit.YES
         if it.state in (State.QUEUED, State.STARTING):
             it.need = need
-            fit = Fit.NEVER if need > self.budget else Fit.LATER if used(instances) > self.budget else Fit.YES
+            fit = Fit.NEVER if need > self.budget else Fit.LATER if need and used(instances) > self.budget else Fit.YES
             if it.state is State.STARTING and fit is not Fit.YES:
                 it.need = 0  # its engine does not run yet
             return Fit.YES if it.state is State.QUEUED and fit is Fit.LATER else fit

@@ -124,7 +124,8 @@ def tree(pid: int) -> Iterator[int]:
         yield pid
         with suppress(OSError):  # it ended
             for task in os.listdir(f"/proc/{pid}/task"):
-                with open(f"/proc/{pid}/task/{task}/children") as f:
+                # Each by itself: a thread that ends must not hide the others' children.
+                with suppress(OSError), open(f"/proc/{pid}/task/{task}/children") as f:
                     todo += map(int, f.read().split())
 
 

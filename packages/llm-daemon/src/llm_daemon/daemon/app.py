@@ -322,7 +322,7 @@ class Daemon:
                 + ", ".join(sorted({f"pid {self.control.holders[h].pid}" for h in held if h in self.control.holders})),
                 code="in_use", hint="end them, or use --force",
             )  # fmt: skip
-        stopped = [it.spec.model for it in instances if it.has_process]
+        stopped = [it.spec.model for it in instances if it.has_process or it.state is State.QUEUED]
         for it in instances:
             self.post(ev.StopModel(it.id, force))
         if not model:

@@ -11,7 +11,6 @@ import json
 import logging
 import os
 import threading
-from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -26,6 +25,7 @@ from ..models.gguf import GgufInfo, header
 from ..models.store import Store
 from ..models.weight import PROCESS, Need, estimate
 from ..spec import GENERATE, Extra, Spec
+from .address import tree
 
 log = logging.getLogger("llm_daemon")
 KEPT = 256  # specs whose need is remembered
@@ -61,15 +61,18 @@ class Memory:
     def weigh(self, spec: Spec) -> Weight:
         """What an engine for `spec` needs.  Raises what stands in the way of its start: a bad file, no engine."""
         path = Store(Path(paths.cache_dir())).path(spec.artifact)
+        learned = self._learned.get(key(spec))
         if path is None:
             size = spec.artifact.size
+            if size is None and learned is not None:
+                return Weight(self._bounded(learned), "learned", None, learned)
             if size is None:
                 return Weight(0, "unknown", note="its size is known once it is fetched")
             return Weight(size + PROCESS, "size", Need(size, process=PROCESS), note="known better once it is fetched")
         parts = self.estimate(spec, str(path))
-        learned = self._learned.get(key(spec))
         if learned is None and parts is None:
-            return Weight(0, "unknown", note="its engine does not tell; known once it ran")
+            size = (Store(Path(paths.cache_dir())).size(spec.artifact) or 0) + PROCESS
+            return Weight(self._bounded(size), "size", note="its engine does not tell; known better once it ran")
         known = parts.total if parts else 0
         need, basis, note = (known, "estimated", "") if learned is None else (learned, "learned", "")
         if self.budget is not None and need > self.budget:
@@ -78,6 +81,10 @@ class Memory:
             elif has_gpu() and (spec.full or spec.wish).gpu_layers != 0 and known <= BEYOND * self.host:
                 need, note = self.budget, "how much of it a GPU takes is known after the first load: it runs alone"
         return Weight(need, basis, parts, learned, note)  # type: ignore[arg-type]
+
+    def _bounded(self, need: int) -> int:
+        """What is not known well enough to refuse a model for it."""
+        return need if self.budget is None else min(need, self.budget)
 
     def estimate(self, spec: Spec, path: str) -> Need | None:
         """By the adapter if it can tell, else from a GGUF file's header, else None."""
@@ -210,13 +217,3 @@ def peak_bytes(pid: int) -> int | None:
         except (OSError, StopIteration, KeyError):  # gone, or a system that does not tell
             continue
     return total if seen else None
-
-
-def tree(pid: int) -> Iterator[int]:
-    """The process and all that descend from it, as far as /proc tells (Linux)."""
-    yield pid
-    with suppress(OSError):
-        for task in os.listdir(f"/proc/{pid}/task"):
-            with suppress(OSError), open(f"/proc/{pid}/task/{task}/children") as f:
-                for child in f.read().split():
-                    yield from tree(int(child))

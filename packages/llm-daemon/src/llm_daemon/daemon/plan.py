@@ -14,10 +14,11 @@ from ..core.pace import Pace
 from ..core.placement import used
 from ..core.refusals import amount, too_large
 from ..engines.base import Grant
+from ..models.engine import split as own_model
 from ..models.store import Store
 from ..spec import Spec
 from .memory import room
-from .supervisor import SOCKET, Supervisor
+from .supervisor import SOCKET, Supervisor, loaded_beside
 
 
 def look(supervisor: Supervisor, spec: Spec, threads: int) -> dict[str, Any]:
@@ -28,12 +29,16 @@ def look(supervisor: Supervisor, spec: Spec, threads: int) -> dict[str, Any]:
     store = Store(Path(paths.cache_dir()))
     artifact, full, memory = spec.artifact, spec.full or spec.wish, supervisor.memory
     path = store.path(artifact)
-    adapter, where = supervisor.registry.choose(str(path) if path else None, full.engine)
-    shown = str(path or store.place(artifact))
+    own = own_model(artifact.locator)[1] if artifact.source == "engine" else None
+    beside = [(extra, str(store.path(extra.artifact) or store.place(extra.artifact))) for extra in spec.extras]
+    found = own if own is not None else str(path) if path else None
+    adapter, where = supervisor.registry.choose(found, full.engine, spec.special)
+    shown = own if own is not None else str(path or store.place(artifact))
     context, parallel, _ = room(supervisor.settings, spec, shown if path else "")
     grant = Grant(
         model_path=shown, alias=spec.model, socket=SOCKET, context=context, parallel=parallel, threads=threads,
         gpu_layers=full.gpu_layers, args=(*supervisor.configured(adapter.name), *full.args),
+        mode=spec.mode, **loaded_beside(beside),
     )  # fmt: skip
     weight = memory.weigh(spec)
     parts = weight.parts

@@ -245,7 +245,8 @@ class EngineProcess:
                 f.write(text)
         address = self.plan.address
         if reserved is not None:
-            if isinstance(address, Tcp) and address.rebinds and not address.told:
+            # BSD lets nobody bind beside us without SO_REUSEPORT, which Python's servers do not set.
+            if sys.platform == "linux" and isinstance(address, Tcp) and address.rebinds and not address.told:
                 self._fds["reserved"] = reserved.detach()
             else:
                 reserved.close()  # not needed; or it could not bind beside it, and the proof of who listens must do
@@ -301,7 +302,7 @@ class EngineProcess:
         if isinstance(address, Tcp) and address.told and not self._port:
             text = self.last_words() + ("\n" if data.endswith(b"\n") else "")
             if said := re.search(address.told + r"(?=\D)", text):  # the number's last digit has come, too
-                self._port = int(said[1])
+                self._port = int(said[1]) if (said[1] or "").isdecimal() and int(said[1]) < 65536 else 0
 
     def _read_status(self) -> None:
         try:

@@ -18,7 +18,7 @@ import os
 import shutil
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
-from time import monotonic
+from time import monotonic, time
 from typing import TYPE_CHECKING, Any
 
 from .probe import post
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("llm_daemon")
 SAVE_WAIT, RESTORE_WAIT = 10.0, 10.0  # seconds that an unload, or a load, may take longer
 LEAST_TOKENS = 64  # fewer are read again as fast as they are restored
+UNTOUCHED = 3600.0  # seconds for which an empty folder is left to whoever was given it
 FORMAT = 1
 
 
@@ -91,7 +92,7 @@ class PromptCache:
                     if status == 200 and said.get("n_saved", 0) >= LEAST_TOKENS:
                         found[name] = {"slot": slot, "tokens": said["n_saved"], "size": said.get("n_written")}
                 kept = await asyncio.to_thread(self._commit, folder, found, model)
-        except (OSError, TimeoutError, ValueError) as e:
+        except Exception as e:  # an engine may answer anything
             log.warning("%s: its conversations could not be kept: %s", model, str(e) or "it took too long")
             return
         finally:
@@ -112,11 +113,13 @@ class PromptCache:
                         tokens += int(said.get("n_restored", 0))
                     else:
                         log.warning("%s: a kept conversation was refused (%d): %s", model, status, said.get("error"))
-        except (OSError, TimeoutError, ValueError) as e:
+        except Exception as e:  # an engine may answer anything
             log.warning("%s: kept conversations could not be restored: %s", model, str(e) or "it took too long")
         finally:
-            await asyncio.shield(asyncio.to_thread(_clear, folder))
-            self._busy.discard(folder)
+            try:
+                await asyncio.shield(asyncio.to_thread(_clear, folder))
+            finally:
+                self._busy.discard(folder)
         if tokens:
             log.info("%s: %d tokens of conversation restored, %.2f s", model, tokens, monotonic() - began)
         return tokens
@@ -124,12 +127,15 @@ class PromptCache:
     def trim(self) -> None:
         """Removes what was used longest ago until the rest is within the limit, and what nobody finished."""
         entries = []
-        with suppress(OSError):
-            for entry in os.scandir(self.root):
-                index = os.path.join(entry.path, "index.json")
-                size = sum(f.stat().st_size for f in os.scandir(entry.path))
-                if entry.path not in self._busy:
-                    entries.append((os.stat(index).st_mtime if os.path.exists(index) else 0.0, entry.path, size))
+        for name in os.listdir(self.root) if os.path.isdir(self.root) else ():
+            path = os.path.join(self.root, name)
+            index = os.path.join(path, "index.json")
+            with suppress(OSError):  # one that goes at this moment
+                size = sum(f.stat().st_size for f in os.scandir(path))
+                # An engine that is starting was given its folder, and may not have written to it yet.
+                is_new = time() - os.stat(path).st_mtime < UNTOUCHED
+                if path not in self._busy and not (is_new and not size):
+                    entries.append((os.stat(index).st_mtime if os.path.exists(index) else 0.0, path, size))
         total = sum(size for _, _, size in entries)
         for used, path, size in sorted(entries):
             if total > self.limit or not used:

@@ -141,7 +141,7 @@ class Supervisor:
                     f"{wish.model} is the engine {owner}'s own: {wish.engine} cannot load it", code="bad_spec"
                 )
             engine = owner
-        adapter, _ = self.registry.choose(path, engine, spec.special)
+        adapter, _ = self.registry.choose(path, engine, spec.special, asks=False)
         for args, code in ((wish.args, "bad_args"), (self.configured(adapter.name), "bad_config")):
             if args and (reason := adapter.refuse(args)):
                 raise errors.UsageError(reason, code=code)
@@ -262,7 +262,7 @@ class Supervisor:
         else:
             path = await fetch(spec.artifact, root, progress)
         beside = [(extra, str(await fetch(extra.artifact, root, progress))) for extra in spec.extras]
-        adapter, where = self.registry.choose(str(path), full.engine, spec.special)
+        adapter, where = await asyncio.to_thread(self.registry.choose, str(path), full.engine, spec.special)
         name = adapter.name
         about = await asyncio.to_thread(described, spec.artifact, Path(path))
         if about.get("template_changed"):
@@ -369,8 +369,11 @@ class Supervisor:
 
     async def _stop(self, instance: str, live: Live, process: EngineProcess, force: bool) -> None:
         if not force:
-            await self._look(instance, live, is_over=True)
-            await self._last_words(process, live)
+            try:
+                await self._look(instance, live, is_over=True)
+                await self._last_words(process, live)
+            except Exception:  # whatever that was: it is told to go next
+                log.exception("%s could not be asked before its end", instance)
         await process.stop(force)
         if live.process is process:  # a second, forceful call may have been quicker
             live.process = None

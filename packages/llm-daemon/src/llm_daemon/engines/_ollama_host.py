@@ -83,7 +83,7 @@ def parse(answer: bytes) -> tuple[int, dict[str, Any]]:
         raise Gone("whoever answers is no Ollama (not HTTP)")
     if b"transfer-encoding: chunked" in head.lower():
         whole = b""
-        while (size := int(body.partition(b"\r\n")[0] or b"0", 16)) > 0:
+        while (size := int(body.partition(b"\r\n")[0].partition(b";")[0] or b"0", 16)) > 0:
             body = body.partition(b"\r\n")[2]
             whole, body = whole + body[:size], body[size + 2 :]
         body = whole
@@ -143,7 +143,7 @@ class Host:
             await asyncio.sleep(RENEW)
             try:
                 await self.keep(KEEP)
-            except Gone as e:
+            except (Gone, ValueError) as e:
                 fail(6, str(e))
 
     async def let_go(self) -> None:
@@ -245,6 +245,10 @@ async def main(url: str, model: str, socket: str, context: str = "0") -> None:
     stopping = asyncio.ensure_future(stop.wait())
     await asyncio.wait({loading, stopping}, return_when=asyncio.FIRST_COMPLETED)
     if not stop.is_set():
+        try:
+            loading.result()
+        except Exception as e:
+            fail(4, f"whoever answers at {url} is no Ollama ({e!r})")
         host.ready = True
         log("ready")
         renewing = asyncio.ensure_future(host.renew())

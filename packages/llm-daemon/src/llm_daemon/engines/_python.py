@@ -72,13 +72,14 @@ def accepts(path: str) -> str | None:
 def refuse(args: Sequence[str], owned: Mapping[str, str], refused: Mapping[str, str]) -> str | None:
     """See base.Adapter.  `owned`: flag -> the option that does the same; `refused`: flag -> why it is not passed on.
 
-    argparse takes the beginning of a flag for the flag, and `_` is not `-` there.
+    argparse takes the beginning of a flag for the flag, and vLLM's parser `_` for `-`.
 
     >>> refuse(["--ho", "0.0.0.0"], {}, {"--host": "the daemon owns its address"})
     '--ho is not passed on: the daemon owns its address'
     """
     for arg in args:
         flag = arg.partition("=")[0]
+        flag = flag.replace("_", "-") if flag.startswith("--") else flag
         if not flag.startswith("-"):
             continue
         for name, option in owned.items():

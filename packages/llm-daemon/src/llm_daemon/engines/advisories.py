@@ -48,16 +48,6 @@ def fitting(advisories: Iterable[Advisory], version: Version) -> list[Advisory]:
     return [a for a in advisories if version and a.since <= version < a.fixed]
 
 
-def warning(found: Iterable[Advisory]) -> str:
-    """One line for `Location.warning`; empty if there are none.
-
-    >>> warning([Advisory("CVE-1", "reads memory", fixed=(1, 2)), Advisory("CVE-2", "stops it", fixed=(0, 9))])
-    'known weaknesses: CVE-1 (reads memory; mended in 1.2), CVE-2 (stops it; mended in 0.9)'
-    """
-    texts = [f"{a.id} ({a.text}; mended in {'.'.join(map(str, a.fixed))})" for a in found]
-    return "known weaknesses: " + ", ".join(texts) if texts else ""
-
-
 # llama.cpp counts its builds; the first member of its versions is the build here.
 _LLAMA_CPP = (
     Advisory(

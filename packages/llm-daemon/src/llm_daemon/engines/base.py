@@ -19,16 +19,11 @@ from ..spec import GENERATE, Spec
 
 @dataclass(frozen=True, slots=True)
 class Location:
-    """A runnable engine: `argv` is what comes before the flags (`["/usr/bin/llama-server"]`), `version` a short text.
-
-    `warning` is what people should know of this version, a known vulnerability for instance; one that must not run at all
-    is a `Missing` instead.
-    """
+    """A runnable engine: `argv` is what comes before the flags (`["/usr/bin/llama-server"]`), `version` a short text."""
 
     argv: tuple[str, ...]
     version: str
     origin: str  # where it was found, for people: "PATH", "wheel xllamacpp 2026.10", "config"
-    warning: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,8 +122,7 @@ class Plan:
     *Process.*  `env` is added to the environment, of which only paths, locale and device choice are left
     (daemon/process.py, `scrubbed_env`): nothing has to be taken out.  `files`: small text files by name, made in the working
     folder for the engine's user alone; a key may be in one of them or in `env`, never in `argv`, which everybody may read.
-    `address`: `Grant.socket`, or a `Tcp`.  `memory_bytes`: what it takes at most, where the adapter knows better than the
-    size of the weights tells.
+    `address`: `Grant.socket`, or a `Tcp`.
 
     *Readiness.*  `probes` are asked in order until one is not answered by 404, 405 or 501: that one decides.  `warm_up` is
     asked once after that, and readiness waits for its answer, for engines that say they are ready before they are.  `fatal`: a
@@ -153,7 +147,6 @@ class Plan:
     address: str | Tcp
     env: Mapping[str, str] = field(default_factory=dict)
     files: Mapping[str, str] = field(default_factory=dict)
-    memory_bytes: int | None = None
     probes: tuple[Probe, ...] = (Probe(),)
     warm_up: Probe | None = None
     fatal: str = ""

@@ -18,7 +18,7 @@ from ..errors import UsageError
 from ..spec import Spec
 from . import _llamacpp
 from ._llamafile_zip import APE, Contents, look, runnable
-from .advisories import Advisory, fitting, number, warning
+from .advisories import Advisory, fitting, number
 from .base import BAD_MODEL, Grant, Location, Missing, Plan, Probe, Tcp
 
 _HINT = (
@@ -64,14 +64,16 @@ class Llamafile:
             return _located(os.path.abspath(found), "PATH")
         return Missing("no llamafile on PATH to load GGUF files with", _HINT)
 
-    def inside(self, path: str) -> Location | None:
-        """The engine that a model file carries itself; None if it carries none."""
+    def inside(self, path: str, asks: bool = True) -> Location | None:
+        """The engine that a model file carries itself; None if it carries none.  It is run for its version if it may be asked."""
         try:
             contents = look(path)
         except OSError:
             return None
         if isinstance(contents, str) or contents.model is None:
             return None
+        if not asks:
+            return Location((path,), "unknown", "the model file itself")
         where = _located(path, "the model file itself", contents)
         return where if isinstance(where, Location) else None
 
@@ -169,7 +171,7 @@ def _located(path: str, origin: str, contents: Contents | None = None) -> Locati
     if version is None:
         return Missing(f"{path} does not tell its version within 5 s", f"try it: {' '.join(argv)} --version; {_HINT}")
     flags(argv, mtime)  # remembered for `plan`, which must not block
-    return Location(argv, version, origin, warning(fitting(_OLD, number(version))))
+    return Location(argv, version, origin)
 
 
 def _mtime(path: str) -> int:

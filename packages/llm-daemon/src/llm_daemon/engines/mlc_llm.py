@@ -21,8 +21,8 @@ CONFIG = "mlc-chat-config.json"
 # Names of the wheels on MLC's own index; what other indexes have under these names is empty.
 _WHEELS = ("mlc-llm", "mlc-llm-cpu", "mlc-llm-nightly-cpu", "mlc-llm-cu128", "mlc-llm-nightly-cu128", "mlc-llm-rocm62")
 _HINT = (
-    "python -m pip install --pre -U -f https://mlc.ai/wheels mlc-llm-nightly-cpu mlc-ai-nightly-cpu "
-    "(or -cu128 for CUDA; some GB, Apache-2.0); or set path in [engines.mlc-llm] to the Python of an environment that has it"
+    "install MLC-LLM's own wheels, for CPU or CUDA, as https://llm.mlc.ai/docs/install/mlc_llm.html says (some GB, Apache-2.0); "
+    "or set path in [engines.mlc-llm] to the Python of an environment that has it"
 )
 _LOCAL_BATCH = 4  # requests at once in its mode `local`, without compiling anew
 _SYMPTOMS = (

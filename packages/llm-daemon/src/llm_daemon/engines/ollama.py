@@ -19,7 +19,7 @@ from urllib.parse import urlsplit
 
 from ..spec import Spec
 from . import _words
-from .advisories import Advisory, fitting, number, warning
+from .advisories import Advisory, fitting, number
 from .base import ADDRESS, BAD_MODEL, CRASHED, OUT_OF_MEMORY, Grant, Location, Missing, Plan, Stop
 
 HOST = os.path.join(os.path.dirname(os.path.abspath(__file__)), "_ollama_host.py")
@@ -60,8 +60,7 @@ class Ollama:
         if host in ("127.0.0.1", "::1", "localhost") and listens(port) is False:
             return Missing(f"no Ollama listens at {url}", "ollama serve" if program else _INSTALL)
         version = _version(program, os.stat(program).st_mtime_ns) if program else "unknown"
-        weak = warning(fitting(_WEAKNESSES, number(version)))
-        return Location((sys.executable, "-I", "-S", HOST, url), version, url, weak)
+        return Location((sys.executable, "-I", "-S", HOST, url), version, url)
 
     def accepts(self, path: str) -> str | None:
         """

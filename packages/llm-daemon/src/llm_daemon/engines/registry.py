@@ -70,10 +70,11 @@ class Registry:
         return where
 
     def choose(
-        self, path: str | None, wanted: str | None = None, options: frozenset[str] = frozenset()
+        self, path: str | None, wanted: str | None = None, options: frozenset[str] = frozenset(), *, asks: bool = True
     ) -> tuple[Adapter, Location]:
         """The engine to load the file at `path` (None: not here yet) with: `wanted`, or the first that is there and takes it.
 
+        `asks`: a program inside the file may be run for its version; without it nothing waits for one.
         It must be able to meet `options` (some of spec.SPECIAL): else UsageError (`unsupported_option`).
         EngineError (`engine_missing`) if it is not installed, with the way to get it; UsageError (`bad_model`) if none
         takes this file.
@@ -87,7 +88,7 @@ class Registry:
             if lacking := sorted(options - options_of(adapter)):
                 unable.append(f"{name} cannot load a model with {', '.join(lacking)}")
                 continue
-            where = (path and _inside(adapter, path)) or self.locate(name)
+            where = (path and _inside(adapter, path, asks)) or self.locate(name)
             if isinstance(where, Location):
                 return adapter, where
             missing.append((name, where))
@@ -109,10 +110,10 @@ class Registry:
         raise UsageError(f"no engine can load {path} ({'; '.join(refused)})", code="bad_model")
 
 
-def _inside(adapter: Adapter, path: str) -> Location | None:
+def _inside(adapter: Adapter, path: str, asks: bool) -> Location | None:
     """The program that a model file brings along, for adapters that know such files (`inside`)."""
     inside = getattr(adapter, "inside", None)
-    found = inside(path) if inside else None
+    found = inside(path, asks) if inside else None
     return found if isinstance(found, Location) else None
 
 

@@ -41,6 +41,7 @@ _REFUSED = {
         "use context": "--context-length",
         "use parallel": "--max-running-requests",
         "it runs code that comes with the model": "--trust-remote-code",
+        "the daemon says what it is started with": "--config",
         "it writes what clients ask, or where it is told, to disk": "--log-requests --crash-dump-folder --file-storage-path",
         "engines stay offline": "--download-dir --revision",
         "it lets requests run programs or reach other machines": (
