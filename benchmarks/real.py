@@ -74,7 +74,8 @@ def cold_start(effort: Effort, out: Section, llama_server: str | None, model: st
             continue
         plan = plan_for(name, where, model)
         # Only the engine's own start gets a world that names it: the other one has no llama-server to look at.
-        with world(config(llama_server) if name == "llama-server" else "") as here:
+        # Without kept conversations, whose folder is on the command line.
+        with world("prompt_cache_limit = 0\n" + (config(llama_server) if name == "llama-server" else "")) as here:
             spawned: list[float] = []
             run_ours = functools.partial(ours, here, name, model, plan, spawned)
             run_alone = functools.partial(alone, here.base / "engine", plan)

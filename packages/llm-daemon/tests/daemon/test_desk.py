@@ -21,7 +21,7 @@ def test_a_request_that_is_run_again_keeps_its_deadline() -> None:
         machine=SimpleNamespace(
             tickets={"t": Ticket("t", "i1", "regular", arrived=monotonic() - 9.0)}, instances={"i1": instance}
         ),
-        supervisor=SimpleNamespace(live={}, is_ready=True, resolve=lambda model: model),
+        supervisor=SimpleNamespace(live={}, is_ready=True, resolve=lambda model: SimpleNamespace(mode="generate", full=None)),
         post=posted.append,
     )
 

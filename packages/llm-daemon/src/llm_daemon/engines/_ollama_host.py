@@ -19,6 +19,7 @@ import os
 import signal
 import sys
 import time
+from contextlib import suppress
 from datetime import datetime
 from typing import Any, NoReturn
 from urllib.parse import urlsplit
@@ -182,6 +183,11 @@ class Host:
             )
             return
         if not path.startswith(ALLOWED) or ".." in path or "%" in path:  # Ollama would tidy them up to another
+            length = next(
+                (h.partition(b":")[2] for h in headers.split(b"\r\n") if h.lower().startswith(b"content-length:")), b"0"
+            )
+            with suppress(asyncio.IncompleteReadError):  # a client that still writes would not read our answer
+                await reader.readexactly(min(int(length), HEAD))
             answer(writer, 404, {"error": {"message": f"{path} is not relayed to Ollama", "type": "not_found_error"}})
             return
         kept = [h for h in headers.split(b"\r\n") if h and not h.lower().startswith((b"connection:", b"host:"))]

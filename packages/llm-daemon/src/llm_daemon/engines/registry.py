@@ -83,7 +83,7 @@ class Registry:
         for name in (wanted,) if wanted else self.names:
             adapter = self.get(name)
             if path is not None and (reason := adapter.accepts(path)):
-                refused.append(f"{name}: {reason}")
+                refused.append((name, reason))
                 continue
             if lacking := sorted(options - options_of(adapter)):
                 unable.append(f"{name} cannot load a model with {', '.join(lacking)}")
@@ -107,7 +107,15 @@ class Registry:
             )
         if not refused:
             raise EngineError("no engine is installed", code="engine_missing", hint='pip install "llm-daemon[llamacpp]"')
-        raise UsageError(f"no engine can load {path} ({'; '.join(refused)})", code="bad_model")
+        raise UsageError(f"no engine can load {path} ({self._reasons(refused)})", code="bad_model")
+
+    def _reasons(self, refused: list[tuple[str, str]]) -> str:
+        """Those of the engines that are here, or of all if none is; one reason once."""
+        here = [(name, why) for name, why in refused if isinstance(self._found.get(name, (None,))[0], Location)] or refused
+        names: dict[str, list[str]] = {}
+        for name, why in here:
+            names.setdefault(why, []).append(name)
+        return "; ".join(f"{', '.join(each)}: {why}" for why, each in names.items())
 
 
 def _inside(adapter: Adapter, path: str, asks: bool) -> Location | None:

@@ -14,7 +14,7 @@ from dataclasses import replace
 from typing import Any
 
 from ..spec import Spec
-from . import _python, _words
+from . import _llamacpp, _python, _words
 from .base import BAD_MODEL, OUT_OF_MEMORY, Grant, Location, Missing, Plan, Probe, Stop, Tcp
 
 _HINT = (
@@ -81,7 +81,7 @@ class Sglang:
     def accepts(self, path: str) -> str | None:
         """A GGUF file, or a folder with config.json and safetensors."""
         if path.lower().endswith(".gguf"):
-            return None if os.path.isfile(path) else "no such file"
+            return _llamacpp.accepts(path)
         if not os.path.isfile(os.path.join(path, "config.json")):
             return "neither a GGUF file nor a folder with config.json in it"
         if not glob.glob(os.path.join(glob.escape(path), "*.safetensors")):

@@ -194,7 +194,8 @@ class Server:
             self.log(f"request {number} end")
 
     def get(self, client: socket.socket, path: str) -> None:
-        self.log(f"get {path}")
+        if path != "/health":  # its last word is `ready`
+            self.log(f"get {path}")
         if path == "/health":
             self.send(client, 200, {"status": "ok"})
         elif path == "/v1/models":
