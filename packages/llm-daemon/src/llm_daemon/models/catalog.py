@@ -14,6 +14,7 @@ from typing import Any
 from ..errors import UsageError
 from ..spec import FILES, GENERATE, MODES, Artifact, Extra, Spec, Wish, scaled
 from . import file, pypi, sources
+from .engine import ENGINES
 
 SHIPPED = Path(__file__).with_name("catalog.toml")
 _PIECE_KEYS = {"requirement": "requirement", "member": "member", "wheel_sha256": "sha256", "wheel_size": "size"}
@@ -38,7 +39,8 @@ class _Table:
     Where the weights are: `path`, or `requirement` (`package==version`, with `member`, `wheel_sha256`, `wheel_size`),
     or `parts` (a list of tables of those four), or `source` and `locator` (`hf` and `org/repo:quant`, `https` and the
     address).  What they are: `sha256`, `size` (bytes), `quant`, `license`, `note`, `mode` (what it is made for, if not to
-    generate text).  `quants` holds further quantizations: tables of the same keys, each on top of this one.
+    generate text).  `quants` holds further quantizations: tables of the same keys, each on top of this one; one of the
+    source `mlc` (`org/repo`) is the default for the engine mlc-llm.
     """
 
     source: str | None = None
@@ -60,8 +62,6 @@ class _Table:
         """A key of SOURCES; checks that exactly one place is named, and what belongs to it."""
         if self.source is not None or self.locator is not None:
             if self.source not in sources.SOURCES or not self.locator:
-                if self.source is not None:
-                    sources.split(f"{self.source}:")  # says what to do instead
                 raise _bad("source and locator belong together; sources are " + ", ".join(sources.SOURCES))
         named = [k for k in ("locator", "path", "requirement", "parts") if getattr(self, k)]
         if len(named) != 1:
@@ -189,7 +189,7 @@ class Catalog:
     def _model(self, wish: Wish) -> Spec:
         name = wish.model.lower()
         if tables := self._models.get(name):
-            table = _pick(name, tables, wish.quant)
+            table = _pick(name, tables, wish.quant, wish.engine)
             return Spec(replace(wish, model=name, quant=None if table is tables[0] else table.quant), table.artifact())
         if named := sources.split(wish.model):
             return self._from_source(wish, *named)
@@ -202,6 +202,8 @@ class Catalog:
             locator, wish = f"{locator}@{wish.quant}", replace(wish, quant=None)  # an @ in a file's name
         if source == "hf" and wish.quant and not any(mark in locator for mark in (":", ".gguf")):
             locator, wish = f"{locator}:{wish.quant}", replace(wish, quant=None)
+        if source == "mlc" and wish.quant and "@" not in locator:  # a commit
+            locator, wish = f"{locator}@{wish.quant}", replace(wish, quant=None)
         if wish.quant:
             raise UsageError(
                 f"@{wish.quant}: {wish.model} has the quantization it has", code="unknown_quant", status=404, hint="leave it out"
@@ -249,9 +251,9 @@ class Catalog:
         return UsageError(f"unknown model {name!r}", code="unknown_model", status=404, hint=hint, near=near)
 
 
-def _pick(name: str, tables: list[_Table], quant: str | None) -> _Table:
-    if quant is None:
-        return tables[0]
+def _pick(name: str, tables: list[_Table], quant: str | None, engine: str | None = None) -> _Table:
+    if quant is None:  # the first that is made for the engine that is asked for, if there is one
+        return next((t for t in tables if engine and engine == ENGINES.get(t.source or "")), tables[0])
     for table in tables:
         if table.quant and table.quant.lower() == quant.lower():
             return table

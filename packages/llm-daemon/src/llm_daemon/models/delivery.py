@@ -69,6 +69,7 @@ class Delivery:
         self._hash = hashlib.sha256()
         self._sha256: str | None = None
         self.more: list[Path] = []
+        self.commit: str | None = None
         self.target = self.folder / "weights.tmp"
 
     @property
@@ -93,11 +94,27 @@ class Delivery:
 
         `sha256` is the first one's.
         """
-        self.target.unlink(missing_ok=True)
+        self.discard_target()
         self.target.symlink_to(files[0])
         self.more = files[1:]
         self.written = sum(file.stat().st_size for file in files)
         self._sha256 = sha256
+
+    def adopt_folder(self, files: list[Path], sha256: str) -> None:
+        """Makes a folder of links to `files`, which lie elsewhere and are checked, the weights; `sha256` stands for all."""
+        self.discard_target()
+        self.target.mkdir()
+        for file in files:
+            (self.target / file.name).symlink_to(file)
+        self.written = sum(file.stat().st_size for file in files)
+        self._sha256 = sha256
+
+    def discard_target(self) -> None:
+        """Removes weights that nobody took over."""
+        if self.target.is_dir() and not self.target.is_symlink():
+            shutil.rmtree(self.target)
+        else:
+            self.target.unlink(missing_ok=True)
 
     def write(self, chunks: Iterable[bytes], total: int) -> None:
         """Appends `chunks` to the weights, on the way to `total` bytes in all and never more."""

@@ -31,7 +31,6 @@ _CHUNK = 2**20
 MAX_BYTES = 2**40  # of one file; the largest published parts have some 50 GB
 MAX_REDIRECTS = 5
 _TIMEOUT = {"connect": 15.0, "read": 60.0, "write": 60.0, "pool": 15.0}  # seconds, each for one step
-_MAGIC = b"GGUF"
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +39,7 @@ class Wanted:
 
     `headers` go to the host of `url` and to no other.  `fixed` says that `url` means the same bytes for ever, so that a
     broken download may be resumed without asking; `configured`, that the user has set this host up for the purpose: it
-    may use plain http and redirect within itself, wherever it is.
+    may use plain http and redirect within itself, wherever it is.  `magic`: what the file must begin with.
     """
 
     url: str
@@ -50,6 +49,7 @@ class Wanted:
     headers: Mapping[str, str] = field(default_factory=dict)
     fixed: bool = False
     configured: bool = False
+    magic: bytes = b"GGUF"
 
     @property
     def note(self) -> Path:
@@ -182,8 +182,8 @@ def _receive(
     wanted: Wanted, start: int, total: int, etag: str, body: Iterable[bytes], progress: Callable[[int, int], None]
 ) -> str:
     chunks = iter(body)
-    head = b"" if start else _head(chunks)
-    if not start and head[:4] != _MAGIC:
+    head = b"" if start else _head(chunks, len(wanted.magic))
+    if not start and not head.startswith(wanted.magic):
         raise bad_weights(f"{redact(wanted.url)} is not a GGUF file: it begins with {head[:16]!r}")
     digest = hashlib.sha256()
     if start:
@@ -208,10 +208,10 @@ def _receive(
     return digest.hexdigest()
 
 
-def _head(chunks: Iterator[bytes]) -> bytes:
-    """The first bytes, enough to tell a GGUF file by."""
+def _head(chunks: Iterator[bytes], size: int) -> bytes:
+    """The first bytes, `size` at least: enough to tell a GGUF file by."""
     head = b""
-    while len(head) < len(_MAGIC) and (chunk := next(chunks, b"")):
+    while len(head) < size and (chunk := next(chunks, b"")):
         head += chunk
     return head
 

@@ -9,6 +9,9 @@ from ..errors import UsageError
 from ..spec import Artifact
 from .delivery import Delivery
 
+# Sources whose models one engine alone can load.
+ENGINES = {"mlc": "mlc-llm"}
+
 
 def resolve(locator: str) -> Artifact:
     """The artifact; whether the engine exists, and has this model, is for the engine to say.
@@ -27,6 +30,15 @@ def split(locator: str) -> tuple[str, str]:
     """(engine, model); the model is empty for an engine's only one."""
     engine, _, model = locator.partition("/")
     return engine, model
+
+
+def owner(artifact: Artifact) -> str | None:
+    """The only engine that can load it; None if that is for the engines to say.
+
+    >>> owner(resolve("ollama/llama3.2:1b")), owner(Artifact("mlc", "org/repo", "mlc:org/repo"))
+    ('ollama', 'mlc-llm')
+    """
+    return split(artifact.locator)[0] if artifact.source == "engine" else ENGINES.get(artifact.source)
 
 
 def deliver(delivery: Delivery) -> None:

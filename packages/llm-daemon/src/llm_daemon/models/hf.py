@@ -1,4 +1,5 @@
-"""Source `hf`: GGUF files of a repository on the Hugging Face hub, or on a server that speaks its API (`HF_ENDPOINT`)."""
+"""Source `hf`: a repository on the Hugging Face hub, or on a server that speaks its API (`HF_ENDPOINT`): GGUF files of it,
+or the whole of one with safetensors (snapshot.py)."""
 
 from __future__ import annotations
 
@@ -8,17 +9,20 @@ from typing import TYPE_CHECKING
 
 from ..errors import UsageError
 from ..spec import Artifact
+from . import snapshot
 
 if TYPE_CHECKING:
     from .delivery import Delivery
 
 _NAME = r"[A-Za-z0-9_][A-Za-z0-9._-]*"
-_LOCATOR = re.compile(rf"({_NAME}/{_NAME})(?:[:/](.+))?")
+_REPO = rf"{_NAME}/{_NAME}"
+_LOCATOR = re.compile(rf"({_REPO})(?:[:/](.+))?")
 _QUANT = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 _FILE = re.compile(rf"(?:{_NAME}/)*{_NAME}\.gguf", re.IGNORECASE)
 _SHARD = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.gguf", re.IGNORECASE)
 # What people call a quantization, as it stands in file names: Q4_K_M, iq2_xxs, UD-Q4_K_XL, bf16, fp16, MXFP4_MOE.
 _LABEL = re.compile(r"(?:UD-)?I?Q\d\w*|TQ\d\w*|BF16|FP?16|FP?32|MXFP4\w*|NVFP4", re.IGNORECASE)
+FOLDER = "SAFETENSORS"  # asked for like a quantization, where a repository has GGUF files too
 _LISTED = 40  # names in an error; the largest repositories have some thirty quantizations
 
 
@@ -36,7 +40,7 @@ def parse(locator: str) -> tuple[str, str]:
     Raises UsageError (`bad_spec`).
     """
     match = _LOCATOR.fullmatch(locator.strip())
-    if not match or ".." in match[1] or "--" in match[1]:
+    if not match or not is_repository(match[1]):
         raise _bad(locator)
     wanted = match[2] or ""
     if wanted.lower().endswith(".gguf"):
@@ -46,6 +50,14 @@ def parse(locator: str) -> tuple[str, str]:
     if wanted and not _QUANT.fullmatch(wanted):
         raise _bad(locator)
     return match[1], wanted.upper()
+
+
+def is_repository(text: str) -> bool:
+    """
+    >>> is_repository("org/repo"), is_repository("repo"), is_repository("org/../repo")
+    (True, False, False)
+    """
+    return re.fullmatch(_REPO, text) is not None and ".." not in text and "--" not in text
 
 
 def resolve(locator: str) -> Artifact:
@@ -70,14 +82,18 @@ def label(file: str) -> str:
 
 
 def choose(repo: str, sizes: Mapping[str, int | None], wanted: str) -> list[str]:
-    """The files, in order, that `wanted` means among a repository's: one, or all the parts of a split model.
+    """The files, in order, that `wanted` means among a repository's: one, or all the parts of a split model, or those of a
+    folder with safetensors: if that is wanted, or if there is no GGUF.
 
     `sizes` are bytes by file name.  Raises UsageError that lists what there is: `no_gguf`, `ambiguous_model`, `unknown_quant`.
     """
     models = _models(sizes)
+    if wanted == FOLDER or not (models or wanted):
+        if names := snapshot.safetensors(sizes):
+            return names
     if not models:
         raise UsageError(
-            f"hf:{repo} has no GGUF files",
+            f"hf:{repo} has no GGUF files" + ("" if snapshot.safetensors(sizes) else ", and no config.json with safetensors"),
             code="no_gguf",
             status=404,
             hint="look for a repository of the same model whose name ends in -GGUF",
@@ -127,4 +143,5 @@ def deliver(delivery: Delivery) -> None:
     """Puts the files into the hub's own cache, and links to them into the store."""
     from .hub import deliver_from_hub  # brings the hub's client: worker only
 
-    deliver_from_hub(delivery, *parse(delivery.artifact.locator))
+    repo, wanted = parse(delivery.artifact.locator)
+    deliver_from_hub(delivery, repo, lambda sizes: choose(repo, sizes, wanted))

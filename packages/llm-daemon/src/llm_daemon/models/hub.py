@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,11 +27,12 @@ from huggingface_hub.errors import (
     HfHubHTTPError,
     OfflineModeIsEnabled,
     RepositoryNotFoundError,
+    RevisionNotFoundError,
 )
 from huggingface_hub.utils import WeakFileLock, build_hf_headers  # type: ignore[attr-defined]  # imported there, not listed
 
 from ..errors import LlmDaemonError, Unavailable, UsageError
-from . import download as http, hf
+from . import download as http, snapshot
 from .delivery import Delivery, bad_weights, redact, storage_error
 
 _LOCKED = 0.1  # seconds to wait for a lock before we say that we wait
@@ -65,14 +66,33 @@ class _File:
         return digest.hexdigest() == self.etag
 
 
-def deliver_from_hub(delivery: Delivery, repo: str, wanted: str) -> None:
-    """Downloads what is not in the cache yet, checks all of it, and gives it to `delivery`."""
+@dataclass(frozen=True, slots=True)
+class _Asked:
+    """What is asked of the hub: `name` for people, and which of the files (`choose`, see hf.choose), at which commit if not
+    the latest."""
+
+    name: str
+    repo: str
+    choose: Callable[[Mapping[str, int | None]], list[str]]
+    commit: str | None
+
+
+def deliver_from_hub(
+    delivery: Delivery, repo: str, choose: Callable[[Mapping[str, int | None]], list[str]], commit: str | None = None
+) -> None:
+    """Downloads what is not in the cache yet, checks all of it, and gives it to `delivery`: a GGUF file, or else a folder."""
+    asked = _Asked(f"{delivery.artifact.source}:{repo}", repo, choose, commit)
     cache = Path(constants.HF_HUB_CACHE)
     delivery.report("resolve", 0, 0, f"asking for {repo}")
     try:
-        with _translated(repo):
-            paths, sha256 = _fetched(delivery, cache, repo, wanted)
-        delivery.adopt(paths, sha256 or http.sha256_of(paths[0]))
+        with _translated(asked):
+            files, paths = _fetched(delivery, cache, asked)
+        delivery.commit = files[0].commit
+        if _is_gguf(files[0]):
+            delivery.adopt(paths, files[0].sha256 or http.sha256_of(paths[0]))
+        else:
+            text = "".join(f"{f.name}\0{f.size}\0{f.etag}\0" for f in files)
+            delivery.adopt_folder(paths, hashlib.sha256(text.encode()).hexdigest())
     except LlmDaemonError as e:
         raise _of_the_cache(e) from e.__cause__
     except OSError as e:
@@ -89,13 +109,18 @@ def _of_the_cache(error: LlmDaemonError) -> LlmDaemonError:
     return error
 
 
-def _fetched(delivery: Delivery, cache: Path, repo: str, wanted: str) -> tuple[list[Path], str | None]:
-    """The files in the cache, and the first one's sha256 if it has been compared."""
-    online = _online(repo)
+def _is_gguf(f: _File) -> bool:
+    return f.name.lower().endswith(".gguf")
+
+
+def _fetched(delivery: Delivery, cache: Path, asked: _Asked) -> tuple[list[_File], list[Path]]:
+    """The files, and where they are in the cache."""
+    repo = asked.repo
+    online = _online(repo, asked.commit)
     if online is None:
-        return _cached(delivery, cache, repo, wanted)
+        return _cached(delivery, cache, asked)
     commit, sizes = online
-    files = [_ask(repo, commit, name) for name in hf.choose(repo, sizes, wanted)]
+    files = [_ask(repo, commit, name) for name in asked.choose(sizes)]
     blobs = cache / _folder(repo) / "blobs"
     blobs.mkdir(parents=True, exist_ok=True)
     total, before = sum(f.size for f in files), 0
@@ -106,16 +131,29 @@ def _fetched(delivery: Delivery, cache: Path, repo: str, wanted: str) -> tuple[l
         before += f.size
     # The bytes are there: this only makes the cache's own links to them.
     paths = [Path(hf_hub_download(repo, f.name, revision=f.commit, etag_timeout=_TIMEOUT)) for f in files]
-    ref = cache / _folder(repo) / "refs" / "main"
-    ref.parent.mkdir(parents=True, exist_ok=True)
-    ref.write_text(commit, "utf-8")
-    return paths, files[0].sha256
+    if not asked.commit:
+        ref = cache / _folder(repo) / "refs" / "main"
+        ref.parent.mkdir(parents=True, exist_ok=True)
+        ref.write_text(commit, "utf-8")
+    if lacking := _lacking(asked, paths):
+        raise bad_weights(f"{asked.name} is not whole: it has no {lacking[0]}")
+    return files, paths
 
 
-def _online(repo: str) -> tuple[str, dict[str, int | None]] | None:
-    """(commit, sizes in bytes by file name) of a repository as it is now; None if the hub is not to be reached."""
+def _lacking(asked: _Asked, paths: list[Path]) -> list[str]:
     try:
-        info = HfApi().model_info(repo, files_metadata=True, timeout=_TIMEOUT)
+        return snapshot.lacking(paths)
+    except ValueError as e:
+        raise bad_weights(f"{asked.name}: {e}") from None
+
+
+def _online(repo: str, commit: str | None) -> tuple[str, dict[str, int | None]] | None:
+    """(commit, sizes in bytes by file name) of a repository as it is now, or was at `commit`.
+
+    None if the hub is not to be reached.
+    """
+    try:
+        info = HfApi().model_info(repo, revision=commit, files_metadata=True, timeout=_TIMEOUT)
     except (OfflineModeIsEnabled, httpx2.ConnectError, httpx2.TimeoutException):
         return None
     if not re.fullmatch(r"[0-9a-f]{40}", info.sha or ""):
@@ -154,7 +192,8 @@ def _get(delivery: Delivery, repo: str, f: _File, blobs: Path, before: int, tota
             blob.unlink()  # damaged; the links to it will mean the new one
         url = hf_hub_url(repo, f.name, revision=f.commit)
         wanted = http.Wanted(
-            url, blobs / f"{f.etag}.incomplete", f.size, f.sha256, build_hf_headers(), fixed=True, configured=True
+            url, blobs / f"{f.etag}.incomplete", f.size, f.sha256, build_hf_headers(), fixed=True, configured=True,
+            magic=b"GGUF" if _is_gguf(f) else b"",
         )  # fmt: skip
         unfinished = delivery.folder / f"{f.etag}.part"  # so that `models rm` finds it
         unfinished.unlink(missing_ok=True)
@@ -173,32 +212,37 @@ def _get(delivery: Delivery, repo: str, f: _File, blobs: Path, before: int, tota
         os.replace(wanted.part, blob)
 
 
-def _cached(delivery: Delivery, cache: Path, repo: str, wanted: str) -> tuple[list[Path], str | None]:
+def _cached(delivery: Delivery, cache: Path, asked: _Asked) -> tuple[list[_File], list[Path]]:
     """The files as an earlier download left them; nobody can be asked what is newest."""
-    folder = cache / _folder(repo)
+    folder = cache / _folder(asked.repo)
     try:
-        commit = (folder / "refs" / "main").read_text("utf-8").strip()
+        commit = asked.commit or (folder / "refs" / "main").read_text("utf-8").strip()
     except OSError:
         commit = "none"
-    snapshot = folder / "snapshots" / os.path.basename(commit)
+    place = folder / "snapshots" / os.path.basename(commit)
     sizes: dict[str, int | None] = {
-        path.relative_to(snapshot).as_posix(): path.stat().st_size for path in snapshot.rglob("*.gguf") if path.is_file()
+        path.relative_to(place).as_posix(): path.stat().st_size for path in place.rglob("*") if path.is_file()
     }
     why = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else f"{redact(constants.ENDPOINT)} is not to be reached"
+    hint = "unset HF_HUB_OFFLINE" if constants.HF_HUB_OFFLINE else "check the network and HF_ENDPOINT, then try again"
     if not sizes:
-        hint = "unset HF_HUB_OFFLINE" if constants.HF_HUB_OFFLINE else "check the network and HF_ENDPOINT, then try again"
-        raise Unavailable(f"{why}, and hf:{repo} is not in the cache {cache}", code="download_failed", hint=hint)
+        raise Unavailable(f"{why}, and {asked.name} is not in the cache {cache}", code="download_failed", hint=hint)
     try:
-        names = hf.choose(repo, sizes, wanted)
+        names = asked.choose(sizes)
     except UsageError as e:
         e.message += f" in the cache ({why})"
         raise
-    files = [_File(name, commit, _etag(snapshot / name), (snapshot / name).stat().st_size) for name in names]
+    files = [_File(name, commit, _etag(place / name), (place / name).stat().st_size) for name in names]
     for f in files:
         delivery.report("verify", 0, f.size, f.name)
-        if not f.fits(snapshot / f.name):
-            raise bad_weights(f"{f.name} of {repo} is damaged in the cache {cache}")
-    return [snapshot / f.name for f in files], files[0].sha256
+        if not f.fits(place / f.name):
+            raise bad_weights(f"{f.name} of {asked.repo} is damaged in the cache {cache}")
+    paths = [place / f.name for f in files]
+    if lacking := _lacking(asked, paths):  # another program may have wanted some files only
+        raise Unavailable(
+            f"{why}, and {lacking[0]} of {asked.name} is not in the cache {cache}", code="download_failed", hint=hint
+        )
+    return files, paths
 
 
 def _etag(entry: Path) -> str:
@@ -211,24 +255,27 @@ def _folder(repo: str) -> str:
 
 
 @contextmanager
-def _translated(repo: str) -> Iterator[None]:
+def _translated(asked: _Asked) -> Iterator[None]:
     """The hub client's errors as ours."""
-    page = redact(f"{constants.ENDPOINT}/{repo}")
+    repo, page = asked.repo, redact(f"{constants.ENDPOINT}/{asked.repo}")
     login = "give your token: `hf auth login`, or HF_TOKEN for the daemon"
     try:
         yield
     except GatedRepoError as e:
         hint = f"accept the terms on {page}, then {login}"
         raise UsageError(
-            f"hf:{repo} is given only to people who accepted its terms", code="gated_repo", status=403, hint=hint
+            f"{asked.name} is given only to people who accepted its terms", code="gated_repo", status=403, hint=hint
         ) from e
+    except RevisionNotFoundError as e:
+        hint = "check the commit, or leave it out"
+        raise UsageError(f"{repo} has no commit {asked.commit}", code="no_such_repo", status=404, hint=hint) from e
     except RepositoryNotFoundError as e:
         hint = f"check the name; if it is private, {login}"
         raise UsageError(f"the hub has no {repo}, or does not show it to you", code="no_such_repo", status=404, hint=hint) from e
     except HfHubHTTPError as e:
         status = e.response.status_code
         if status in (401, 403):
-            raise UsageError(f"the hub refuses hf:{repo} (HTTP {status})", code="access_denied", status=403, hint=login) from e
+            raise UsageError(f"the hub refuses {asked.name} (HTTP {status})", code="access_denied", status=403, hint=login) from e
         raise http.failed(page, f"HTTP {status}") from e
     except httpx2.HTTPError as e:
         raise http.failed(page, str(e) or type(e).__name__) from e

