@@ -18,7 +18,7 @@ import os
 import shutil
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
-from time import monotonic, time
+from time import monotonic
 from typing import TYPE_CHECKING, Any
 
 from .probe import post
@@ -29,7 +29,6 @@ if TYPE_CHECKING:
 log = logging.getLogger("llm_daemon")
 SAVE_WAIT, RESTORE_WAIT = 10.0, 10.0  # seconds that an unload, or a load, may take longer
 LEAST_TOKENS = 64  # fewer are read again as fast as they are restored
-UNTOUCHED = 3600.0  # seconds for which an empty folder is left to whoever was given it
 FORMAT = 1
 
 
@@ -58,6 +57,7 @@ class PromptCache:
     def __init__(self, root: str, limit: int) -> None:
         self.root, self.limit = root, limit
         self._busy: set[str] = set()  # folders that are being written or read
+        self._given: set[str] = set()  # folders that engines of ours may write to, which must be there when they start
 
     def folder(self, key: str) -> str | None:
         """Where an engine may write what is known as `key`; None if nothing is to be kept, or nothing can be."""
@@ -70,6 +70,7 @@ class PromptCache:
         except OSError as e:
             log.warning("conversations cannot be kept: %s", e)
             return None
+        self._given.add(path)
         return path
 
     def holds(self, folder: str | None) -> bool:
@@ -132,9 +133,7 @@ class PromptCache:
             index = os.path.join(path, "index.json")
             with suppress(OSError):  # one that goes at this moment
                 size = sum(f.stat().st_size for f in os.scandir(path))
-                # An engine that is starting was given its folder, and may not have written to it yet.
-                is_new = time() - os.stat(path).st_mtime < UNTOUCHED
-                if path not in self._busy and not (is_new and not size):
+                if path not in self._busy and (size or path not in self._given):
                     entries.append((os.stat(index).st_mtime if os.path.exists(index) else 0.0, path, size))
         total = sum(size for _, _, size in entries)
         for used, path, size in sorted(entries):
