@@ -36,7 +36,7 @@ def _mib(_ctx: click.Context, _param: click.Parameter, text: str | None) -> floa
     "recommend",
     """
     llm-daemon bench recommend                             by the limits of the suite
-    llm-daemon bench recommend --slo code.one_line:p50<=500 --slo extract:pass>=0.8 --max-rss 6GiB
+    llm-daemon bench recommend --slo 'code-line.one_line:p50<=500' --slo 'extract-json:pass>=0.8' --max-rss 6GiB
     llm-daemon bench recommend --prefer quality --apply    and let llm-daemon use it from now on
     """,
 )
