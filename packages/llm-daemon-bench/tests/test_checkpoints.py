@@ -9,6 +9,7 @@ import pytest
 
 from llm_daemon_bench import suite as suites
 from llm_daemon_bench.checkpoints import Call, Piece, View, Watch, evaluate, judge
+from llm_daemon_bench.errors import SuiteError
 from llm_daemon_bench.results import Reached
 from llm_daemon_bench.suite import Case
 
@@ -147,3 +148,24 @@ def test_code_that_never_ends_or_takes_all_memory_fails_and_leaves_nothing(tmp_p
     assert run_test("while True: pass", "import solution", seconds=0.5) == "python_test: not done after 0.5 s"
     assert run_test("x = bytearray(4 << 30)", "import solution") == "python_test: MemoryError"
     assert run_test("import os; os._exit(3)", "import solution") == "python_test: exit status 3"
+
+
+def test_a_reply_that_broke_off_settles_nothing(tmp_path: Path) -> None:
+    body = 'prompt = "x"\ncheckpoints = [{ id = "a", contains = "blue", when = "settled" }, { id = "b", contains = "blue" }]\n'
+    found, _ = evaluate(case(tmp_path, body), 1, pieces("blue"), {}, 50.0, False)
+    assert found["a"] == Reached(ms=None, censored_ms=50.0)
+    assert found["b"].ms == 10.0
+
+
+@pytest.mark.parametrize(
+    ("body", "words"),
+    [
+        ('check = { event = "done" }', "says nothing of the text"),
+        ("body = { day = 2020-01-01 }", "body: Object of type date"),
+        ('response_schema = "odd.json"', "is no JSON schema"),
+    ],
+)
+def test_what_would_fail_in_the_middle_is_refused_at_once(tmp_path: Path, body: str, words: str) -> None:
+    (tmp_path / "odd.json").write_text('{"type": 5}')
+    with pytest.raises(SuiteError, match=words):
+        case(tmp_path, f'prompt = "x"\ncheckpoints = [{{ id = "a", chars = 1 }}]\n{body}\n')

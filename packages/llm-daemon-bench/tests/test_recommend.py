@@ -96,6 +96,14 @@ def test_never_reached_and_never_run(tmp_path: Path) -> None:
     assert ids(advice.ranked) == [F]
 
 
+def test_who_never_ran_wins_nothing(tmp_path: Path) -> None:
+    made = simulate(tmp_path / "s", {F: FAST, G: BIG}, (CHAT,))
+    failed = [msgspec.structs.replace(t, error="the server died") if t.target == G else t for t in made.trials]
+    advice = recommend(replace(made, trials=failed), slos("chat.first_token:p50<=100000"), prefer="quality")
+    assert ids(advice.ranked) == [F]
+    assert ids(advice.rejected) == [G]
+
+
 def test_wishes_of_the_suite_and_of_a_fresh_start(three: Results) -> None:
     assert [str(w) for w in wishes_of(three)] == [
         "chat.first_token:p50<=400", "chat.t2_first:p50<=500", "extract-json.total:p50<=600", "extract-json.complete:p50<=900",

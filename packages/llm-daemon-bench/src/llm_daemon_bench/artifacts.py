@@ -67,6 +67,8 @@ class Finder:
         engine = None
         if server.engine is not None:
             adapter, where = self.registry.choose(path, server.engine)
+            if server.args and (reason := adapter.refuse(server.args)):
+                raise UsageError(reason, code="bad_flag", hint="change args in the suite")
             engine = (adapter, where, self.settings)
         return Weights(path, self._describe(path), spec, engine)
 

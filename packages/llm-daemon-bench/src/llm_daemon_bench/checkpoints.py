@@ -224,7 +224,9 @@ def evaluate(
             ms = t_ms.get(str(point.value))
             out[point.id] = Reached(ms=None, censored_ms=end_ms) if ms is None else Reached(ms=ms, tok=_tokens_at(pieces, ms))
         else:
-            out[point.id] = _reached(point, held[point.id], pieces, end_ms)
+            # Where the reply broke off nobody knows whether it would have held.
+            known = held[point.id] if whole or point.when == "first" else []
+            out[point.id] = _reached(point, known, pieces, end_ms)
     return out, view
 
 

@@ -105,12 +105,13 @@ def stream(
     connection = endpoint.connection(CONNECT_S)
     began = perf_counter_ns()
     raw = Raw(t0_ns if t0_ns is not None else began)
+    first = stall_s if timeout_s is None else min(stall_s, timeout_s)
     try:
         connection.connect()
         raw.connect_ms = (perf_counter_ns() - began) / 1e6
         if connection.sock.family != getattr(socket, "AF_UNIX", None):
             connection.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        connection.sock.settimeout(stall_s)
+        connection.sock.settimeout(first)
         # One write: head and body in one segment where they fit, so the server does not wait for the second.
         connection.putrequest("POST", endpoint.base + path)
         for name, value in {**headers, "Content-Length": str(len(data))}.items():
@@ -120,7 +121,7 @@ def stream(
         connection.endheaders(data)
         _read(connection, raw, stall_s, timeout_s, enough)
     except TimeoutError:
-        raw.finish, raw.error = "stall", f"nothing came for {stall_s:g} s"
+        raw.finish, raw.error = "stall", f"nothing came for {first if raw.headers_ms is None else stall_s:g} s"
     except (OSError, http.client.HTTPException) as e:
         raw.finish, raw.error = "broken", _reason(e)
     finally:

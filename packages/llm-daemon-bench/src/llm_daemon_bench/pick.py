@@ -53,6 +53,14 @@ def sides(a: str, b: str, within: str | None = None, root: Path = ROOT) -> list[
     return [(Side(old, id_), Side(new, id_)) for id_ in both]
 
 
+def gone(a: str, b: str, root: Path = ROOT) -> list[str]:
+    """The targets of session `a` that session `b` did not measure, a line for each; none where one target each is named."""
+    if not (is_session(a, root) and is_session(b, root)):
+        return []
+    old, new = measured(load(folder(a, root))), measured(load(folder(b, root)))
+    return [f"{id_} was not measured" for id_ in old if id_ not in new and len(old) > 1]
+
+
 def _read(words: str, within: str | None, root: Path) -> tuple[Results, str | None]:
     if is_session(words, root):
         return load(folder(words, root)), None

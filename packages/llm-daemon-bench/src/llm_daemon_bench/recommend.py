@@ -151,6 +151,8 @@ def recommend(
         rss = max((x for t in results.measured() if t.target == info.id and (x := t.res.rss_mib) is not None), default=None)
         if max_rss_mib is not None:
             judged.append(_judge_rss(rss, max_rss_mib))
+        if not any(t.target == info.id and t.error is None for t in results.measured()):
+            judged.append(Judged("it runs", "missed", "no trial of it went well"))
         found.append(Candidate(info, tuple(judged), slow.get(info.id, math.inf), quality_of(info.id, passes.values()), rss))
     found.sort(key=lambda c: _rank(c, prefer))
     names = [str(slo) for slo in slos] + ([f"rss<={max_rss_mib:.0f}MiB"] if max_rss_mib is not None else [])
@@ -262,7 +264,13 @@ def _judge_rss(rss: float | None, limit: float) -> Judged:
 def slowness(cells: dict[tuple[str, Key], Cell], slos: Sequence[Slo]) -> dict[str, float]:
     """Over the checkpoints of the wishes; over all of the cases where no wish is about a time."""
     wanted = {(slo.case, slo.point) for slo in slos if slo.what.startswith("p") and slo.point}
-    keys = [k for k in cells_.keys(cells) if k.case != START and (not wanted or (k.case, k.checkpoint) in wanted)]
+    started = {(slo.case, slo.point) for slo in slos if slo.cache == "start"}
+    # An attached server has no first requests: they count where somebody wishes for them.
+    keys = [
+        k for k in cells_.keys(cells)
+        if k.case != START and (not wanted or (k.case, k.checkpoint) in wanted)
+        and (k.cache != "start" or (k.case, k.checkpoint) in started)
+    ]  # fmt: skip
     logs: dict[str, list[float]] = {}
     for key in keys:
         medians = {target: cells[target, key].median for target in cells_.targets(cells) if (target, key) in cells}
@@ -291,7 +299,7 @@ def _rank(c: Candidate, prefer: Prefer) -> tuple[float, ...]:
     """Smaller is better.  Among equals in quality the larger file wins: more bits lose less of the model."""
     size = c.info.artifact.bytes if c.info.artifact and c.info.artifact.bytes else math.inf
     wrong = -round(c.quality or 0.0, 2)
-    memory = c.rss_mib if c.rss_mib is not None else size
+    memory = c.rss_mib if c.rss_mib is not None else size / 2**20
     return {
         "speed": (round(c.slowness, 2), wrong, memory),
         "quality": (wrong, -size if math.isfinite(size) else 0.0, c.slowness),

@@ -306,7 +306,7 @@ def _engine_command(target: Target, weights: Weights, folder: str) -> tuple[list
         args=(*map(str, table.get("args", ())), *server.args),
     )  # fmt: skip
     plan = adapter.plan(weights.spec, where, grant)
-    if plan.files or plan.paths or plan.warm_up or (isinstance(plan.address, Tcp) and plan.address.told):
+    if plan.files or plan.paths or plan.drop or plan.warm_up or (isinstance(plan.address, Tcp) and plan.address.told):
         raise NotReady(f'{server.id}: this engine runs through the daemon only: via = "daemon"', {})
     own = {str(k): str(v) for k, v in table.get("env", {}).items()}
     env = {**scrubbed_env(os.environ, f"bench-{os.getpid()}"), **own, **plan.env, **server.env}

@@ -93,7 +93,8 @@ def _about(target: Target, ready: Ready | None) -> TargetInfo:
         left_open = {"port": "{port}", "socket": "{socket}"}
         argv = tuple(part.format_map({**servers.places(target, ready.weights), **left_open}) for part in server.launch)
     elif ready is not None and server.engine is not None:
-        argv = tuple(servers.command(target, ready.weights, "", {})[0])
+        with suppress(servers.NotReady):  # told again, and recorded, when it is launched
+            argv = tuple(servers.command(target, ready.weights, "", {})[0])
     return TargetInfo(
         id=target.id, server=ServerRef(id=server.id, version=ready.version if ready else ""), via=server.via,
         engine=server.engine, model=target.model.id, params=target.model.params, quant=target.quant,

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import difflib
 import hashlib
+import json
 import re
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
+from urllib.parse import urlsplit
 
 import msgspec
 from msgspec import Meta
@@ -356,6 +358,8 @@ class _Reading:
         given = [k for k in ("launch", "attach", "engine") if getattr(server, k) is not None]
         if len(given) != 1:
             raise self.bad(f"server {server.id!r} needs exactly one of launch, attach and engine", "server", i)
+        if server.attach is not None and not _is_http(server.attach):
+            raise self.bad(f"attach must be http://HOST:PORT, not {server.attach!r}", "server", i, "attach")
         if server.via == "daemon" and server.engine is None:
             raise self.bad('via = "daemon" needs engine', "server", i, "via", hint="`llm-daemon engines` lists them")
         if server.launch is not None:
@@ -399,6 +403,12 @@ class _Reading:
         turns = self.turns(case, where)
         suffix = case.suffix or (self.read(case.suffix_file, *where, "suffix_file") if case.suffix_file else "")
         schema = self.json(case.response_schema, dict, *where, "response_schema") if case.response_schema else None
+        if schema is not None:
+            self.schema(case.response_schema or "", schema, where)
+        try:
+            json.dumps(case.body)
+        except (TypeError, ValueError) as e:
+            raise self.bad(f"body: {e}", *where, "body") from None
         tools = self.json(case.tools, list, *where, "tools") if case.tools else ()
         checks = case.check if isinstance(case.check, tuple) else (case.check,)
         self.load_of(case, turns, where)
@@ -410,6 +420,8 @@ class _Reading:
         tests = {}
         for n, check in enumerate(checks):
             self.predicate(check, case, *where, "check", *((n,) if isinstance(case.check, tuple) else ()))
+            if check.event is not None:
+                raise self.bad("an event is no check: it says nothing of the text", *where, "check")
             if check.python_test:
                 if not file.suite.python_tests:
                     raise self.bad(
@@ -418,6 +430,15 @@ class _Reading:
                     )  # fmt: skip
                 tests[check.python_test] = self.read(check.python_test, *where, "check")
         return Case(case, turns, suffix, schema, tuple(tools), checks, tests)
+
+    def schema(self, name: str, schema: dict[str, Any], where: tuple[str, int]) -> None:
+        from jsonschema import validators
+        from jsonschema.exceptions import SchemaError
+
+        try:
+            validators.validator_for(schema).check_schema(schema)
+        except SchemaError as e:
+            raise self.bad(f"{name} is no JSON schema: {e.message}", *where, "response_schema") from None
 
     def turns(self, case: CaseTable, where: tuple[str, int]) -> tuple[str | ToolTurn, ...]:
         given = [k for k in ("prompt", "prompt_file", "turns") if getattr(case, k) not in (None, ())]
@@ -498,3 +519,16 @@ class _Reading:
 
 # What may stand in braces in `launch`.
 PLACES = ("artifact", "port", "host", "socket", "threads", "context", "slots", "alias", "gpu_layers")
+
+
+def _is_http(address: str) -> bool:
+    """Whether it is one that we can speak to: http, for a key must not go out in the clear where https was meant.
+
+    >>> _is_http("http://127.0.0.1:8080/v1"), _is_http("https://host/v1"), _is_http("http://h:99999")
+    (True, False, False)
+    """
+    try:
+        place = urlsplit(address)
+        return place.scheme == "http" and bool(place.hostname) and place.port != 0
+    except ValueError:
+        return False

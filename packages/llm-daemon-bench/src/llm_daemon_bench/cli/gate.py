@@ -46,6 +46,7 @@ def command(base: str, new: str, most: float, within: str | None, floor: float, 
     """
     reasons: list[str] = []
     found = []
+    reasons += pick.gone(base, new)
     for a, b in pick.sides(base, new, within):
         found.append(compare(a, b, threshold=most / 100, floor=floor / 100))
         reasons += [f"{found[-1].new}: {line}" for line in gate(found[-1])]

@@ -161,7 +161,9 @@ def suite(name: str, settings: Settings, models: Sequence[str], cases: str = CAS
     parts.append(OTHER)
     if not found and shutil.which("llama-server") is None:
         parts.append("# No engine was found here: `llm-daemon engines` says how to get one.\n")
-    parts += [MODEL.format(**model(m)) for m in models]
+    places = [model(m) for m in models]
+    ids = [place["id"] for place in places]
+    parts += [MODEL.format(**{**p, "id": f"{p['id']}-{p['quant']}" if ids.count(p["id"]) > 1 else p["id"]}) for p in places]
     return "".join(parts) + cases
 
 
@@ -172,7 +174,7 @@ def model(given: str) -> dict[str, str]:
     ({'id': 'smollm2-135m', 'params': '', 'quant': 'default', 'artifact': '"smollm2-135m"'}, 'Phi-3.Q4_K_M')
     """
     base, _, quant = given.partition("@")
-    if "/" in given or given.endswith(".gguf"):
-        base, quant = Path(given).stem, ""
+    if ("/" in given or given.endswith(".gguf")) and ":" not in given:
+        base, quant, given = Path(given).stem, "", str(Path(given).expanduser().absolute())
     slug = "".join(c if c.isalnum() or c in "._-" else "-" for c in base).strip("-._") or "model"
     return {"id": slug, "params": "", "quant": quant or "default", "artifact": json.dumps(given)}
