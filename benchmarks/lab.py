@@ -67,6 +67,16 @@ TINY = Effort(
 )  # fmt: skip
 
 
+@contextmanager
+def setting(name: str, value: str) -> Iterator[None]:
+    """LLM_DAEMON_`name` for the daemons that are started meanwhile."""
+    os.environ[f"LLM_DAEMON_{name}"] = value
+    try:
+        yield
+    finally:
+        del os.environ[f"LLM_DAEMON_{name}"]
+
+
 def own_environment() -> None:
     """Takes the user's settings away from us and our children; models stay where they are, or next to the tests' own."""
     kept = os.environ.get("LLM_DAEMON_CACHE_DIR", str(HERE.parent / ".cache" / "models"))

@@ -15,7 +15,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from benchmarks import peers, scripted
-from benchmarks.lab import Effort, Http, engine_socket, fake_model, gateway_address, interleaved, request, status, world
+from benchmarks.lab import Effort, Http, engine_socket, fake_model, gateway_address, interleaved, request, setting, status, world
 from benchmarks.report import Row, Section, median
 
 from llm_daemon import Progress, attach, paths
@@ -75,7 +75,7 @@ def cold_start(effort: Effort, out: Section, llama_server: str | None, model: st
         plan = plan_for(name, where, model)
         # Only the engine's own start gets a world that names it: the other one has no llama-server to look at.
         # Without kept conversations, whose folder is on the command line.
-        with world("prompt_cache_limit = 0\n" + (config(llama_server) if name == "llama-server" else "")) as here:
+        with world(config(llama_server) if name == "llama-server" else "") as here, setting("PROMPT_CACHE_LIMIT", "0"):
             spawned: list[float] = []
             run_ours = functools.partial(ours, here, name, model, plan, spawned)
             run_alone = functools.partial(alone, here.base / "engine", plan)
