@@ -110,6 +110,11 @@ def publish(folder: Path) -> None:
         shutil.copyfile(folder / name, target / name)
     pages = ["--html", str(SUITE.with_suffix(".html")), "--markdown", str(SUITE.with_suffix(".md"))]
     subprocess.run([str(OWN / "llm-daemon"), "bench", "report", str(target), *pages], check=True)
+    for page in (*target.iterdir(), SUITE.with_suffix(".html"), SUITE.with_suffix(".md")):
+        text = page.read_text()
+        for ours, shown in ((f"{SUITE.parent}/../../", ""), (f"{ROOT}/", ""), (str(Path.home()), "~")):  # nobody else's folders
+            text = text.replace(ours, shown)
+        page.write_text(text)
 
 
 if __name__ == "__main__":
