@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from .. import errors, paths
 from ..config import Settings
 from ..core.events import Down, Event, Progressed, Up, Weighed
-from ..engines.base import ADDRESS, Grant, Location, Plan, Tcp, usable_cores
+from ..engines.base import ADDRESS, Adapter, Grant, Location, Plan, Tcp, usable_cores
 from ..engines.registry import Registry
 from ..models.catalog import Catalog
 from ..models.engine import owner, split as own_model
@@ -261,6 +261,32 @@ class Supervisor:
             live.progress = dict(info)
             self._post(Progressed(instance, live.progress))
 
+        path, beside, adapter, where = await self._fetched(live, progress)
+        spec = live.spec
+        if self.memory.budget is None:
+            await asyncio.to_thread(self.memory.check, spec, str(path))
+        else:  # known better now, if it had to be fetched; if there is no place for it, this is where we are cancelled
+            self._post(Weighed(instance, (await asyncio.to_thread(self.memory.weigh, spec)).need))
+            await asyncio.sleep(0)
+        await self._prepared(live, str(path), beside, adapter, where)
+        assert live.plan is not None and live.log is not None
+        progress({"phase": "load", "message": f"{live.engine} loads {spec.model}"})
+        await self._spawned(instance, live, live.plan, live.log)
+        assert live.process is not None
+        live.pulse = Pulse(live.process, live.plan.stall)
+        said = lambda state: progress({"phase": "load", "message": state})  # noqa: E731
+        await wait_ready(live.process, live.plan, adapter, said, live.pulse)
+        restoring = live.plan.saved_slots > 0 and self.prompts.holds(live.prompts)
+        if restoring:
+            await self.prompts.restore(live.process, str(live.prompts), spec.model)
+        if live.process.exit is not None:  # it answered and died before we were told
+            code = "keeper_died" if live.process.lost_keeper else "prompts_deadly" if restoring else "engine_died"
+            raise errors.EngineError(f"{live.engine} died right after loading {spec.model} ({live.process.exit})", code=code)
+
+    async def _fetched(
+        self, live: Live, progress: Callable[[Mapping[str, Any]], None]
+    ) -> tuple[Path | str, list[tuple[Extra, str]], Adapter, Location]:
+        """Where its weights and what is loaded beside them are, now that they are here, and what loads them."""
         spec = live.spec
         full = spec.full or spec.wish
         root = Path(paths.cache_dir())
@@ -274,60 +300,53 @@ class Supervisor:
         if os.path.isdir(path):  # what it is was not known when its engine was chosen
             wanted = owner(spec.artifact) or spec.wish.engine or self.settings.default_engine
         adapter, where = await asyncio.to_thread(self.registry.choose, str(path), wanted, spec.special)
-        name = adapter.name
-        if name != full.engine:
-            full = replace(full, engine=name)
-            spec = live.spec = replace(spec, full=full)
+        if adapter.name != full.engine:
+            live.spec = replace(spec, full=replace(full, engine=adapter.name))
         about = await asyncio.to_thread(described, spec.artifact, Path(path))
         if about.get("template_changed"):
             log.warning("%s: its chat template is not the one it was: `llm-daemon models show --template`", spec.model)
-        if self.memory.budget is None:
-            await asyncio.to_thread(self.memory.check, spec, str(path))
-        else:  # known better now, if it had to be fetched; if there is no place for it, this is where we are cancelled
-            self._post(Weighed(instance, (await asyncio.to_thread(self.memory.weigh, spec)).need))
-            await asyncio.sleep(0)
-        context, parallel, _ = await asyncio.to_thread(room, self.settings, spec, str(path))
-        progress({"phase": "load", "message": f"{name} loads {spec.model}"})
+        return path, beside, adapter, where
+
+    async def _prepared(self, live: Live, path: str, beside: list[tuple[Extra, str]], adapter: Adapter, where: Location) -> None:
+        """Its address, its plan and its log."""
+        spec, name = live.spec, adapter.name
+        full = spec.full or spec.wish
+        context, parallel, _ = await asyncio.to_thread(room, self.settings, spec, path)
         live.reserved = reserve()
         host, port = live.reserved.getsockname()
         grant = Grant(
-            model_path=str(path), alias=spec.model, socket=SOCKET, context=context,
+            model_path=path, alias=spec.model, socket=SOCKET, context=context,
             parallel=parallel, threads=self.threads(), gpu_layers=full.gpu_layers,
             args=(*self.configured(name), *full.args), host=host, port=port, key=os.urandom(16).hex(),
             mode=spec.mode, **loaded_beside(beside),
         )  # fmt: skip
-        live.prompts = await asyncio.to_thread(self._prompts, [str(path), *(p for _, p in beside)], full, where, grant)
+        live.prompts = await asyncio.to_thread(self._prompts, [path, *(p for _, p in beside)], full, where, grant)
         grant = replace(grant, prompts=live.prompts)
         live.plan = adapter.plan(spec, where, grant)
-        user_env = {str(k): str(v) for k, v in self.settings.engines.get(name, {}).get("env", {}).items()}
         live.engine, live.version, live.context = name, where.version, context
         live.log_path = paths.engine_log(self._log_dir, spec.model)
         live.log = RotatingLog(live.log_path)
+
+    async def _spawned(self, instance: str, live: Live, plan: Plan, log_file: RotatingLog) -> None:
+        """Its process runs."""
+        name, spec = live.engine, live.spec
+        user_env = {str(k): str(v) for k, v in self.settings.engines.get(name, {}).get("env", {}).items()}
         self._starts += 1
         # Relative to the runtime folder, our working folder: if that was deleted this fails, and never meets our successor's.
         live.folder = os.path.join(f"g-{self._generation}", f"{instance}-{self._starts}")
-        log.info("%s starts: %s", instance, " ".join(live.plan.argv))
+        log.info("%s starts: %s", instance, " ".join(plan.argv))
         try:
-            async with asyncio.timeout(live.plan.stall):
+            async with asyncio.timeout(plan.stall):
                 live.process = await EngineProcess.start(
-                    live.plan, folder=live.folder, env={**scrubbed_env(os.environ, self._generation), **user_env},
-                    log=live.log, name=spec.model, on_exit=lambda exit: self._exited(instance, live, exit),
+                    plan, folder=live.folder, env={**scrubbed_env(os.environ, self._generation), **user_env},
+                    log=log_file, name=spec.model, on_exit=lambda exit: self._exited(instance, live, exit),
                     reserved=live.reserved,
                 )  # fmt: skip
         except TimeoutError:  # its keeper was stopped, or its program's disk hangs
             raise errors.EngineTimeout(
-                f"{name} did not begin to run within {live.plan.stall:g} s", hint="is its disk there?"
+                f"{name} did not begin to run within {plan.stall:g} s", hint="is its disk there?"
             ) from None
         self.spawned.set()
-        live.pulse = Pulse(live.process, live.plan.stall)
-        said = lambda state: progress({"phase": "load", "message": state})  # noqa: E731
-        await wait_ready(live.process, live.plan, adapter, said, live.pulse)
-        restoring = live.plan.saved_slots > 0 and self.prompts.holds(live.prompts)
-        if restoring:
-            await self.prompts.restore(live.process, str(live.prompts), spec.model)
-        if live.process.exit is not None:  # it answered and died before we were told
-            code = "keeper_died" if live.process.lost_keeper else "prompts_deadly" if restoring else "engine_died"
-            raise errors.EngineError(f"{name} died right after loading {spec.model} ({live.process.exit})", code=code)
 
     def _prompts(self, files: list[str], full: Wish, where: Location, grant: Grant) -> str | None:
         """The folder for what its conversations leave, by everything that decides what that means."""

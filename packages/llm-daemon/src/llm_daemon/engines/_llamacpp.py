@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from ..models.gguf import purpose
 from ..spec import EMBEDDING, GENERATE, RERANK, SPECIAL
+from ._words import SIGNALS
 from .base import ADDRESS, BAD_FLAG, BAD_MODEL, CRASHED, MISSING_LIBRARY, OUT_OF_MEMORY, Grant
 
 # tools/server/README.md; routes for another kind of model (embeddings, rerank, audio) answer 501.
@@ -68,12 +69,6 @@ _SYMPTOMS = (
     (BAD_MODEL, r"failed to load model|failed to open GGUF|failed to open .*gguf|exiting due to model loading error"),
 )
 _PREFIX = re.compile(r"^(?:\d+\.\d+\.\d+\.\d+ [A-Z] )?")
-_SIGNALS = {
-    -4: "illegal instruction: this build needs CPU features that this machine lacks",
-    -6: "it aborted",
-    -9: "it was killed, perhaps by the system for want of memory",
-    -11: "it crashed (segmentation fault)",
-}
 
 
 def accepts(path: str) -> str | None:
@@ -103,8 +98,8 @@ def diagnose(exit_status: int | None, last_words: str) -> tuple[str, str]:
         for line in lines:  # the first line that fits is nearest to the cause; what follows only passes it on
             if re.search(pattern, line):
                 return kind, re.sub(r"\s{2,}", " ", line)
-    if exit_status in _SIGNALS:
-        return CRASHED, _SIGNALS[exit_status]
+    if exit_status in SIGNALS:
+        return CRASHED, SIGNALS[exit_status]
     complaint = next((line for line in lines if re.search(r"\berror\b|GGML_ASSERT|what\(\)", line, re.IGNORECASE)), None)
     return CRASHED, complaint or (lines[-1] if lines else "it said nothing")
 

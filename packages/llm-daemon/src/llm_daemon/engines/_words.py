@@ -18,7 +18,7 @@ _SYMPTOMS = (
     (BAD_MODEL, r"FileNotFoundError: .*\.(safetensors|gguf|json|bin)|Model type .* not supported|incomplete metadata"),
 )
 _CAUSE = re.compile(r"^(?:\w+\.)*\w*(?:Error|Exception)\b:? ?")
-_SIGNALS = {
+SIGNALS = {  # exit status of a process that a signal ended -> what that means
     -4: "illegal instruction: this build needs CPU features that this machine lacks",
     -6: "it aborted",
     -9: "it was killed, perhaps by the system for want of memory",
@@ -39,7 +39,7 @@ def diagnose(exit_status: int | None, last_words: str, own: Sequence[tuple[str, 
         for line in lines:
             if re.search(pattern, line):
                 return kind, line
-    if exit_status in _SIGNALS:
-        return CRASHED, _SIGNALS[exit_status]
+    if exit_status in SIGNALS:
+        return CRASHED, SIGNALS[exit_status]
     causes = [line for line in lines if _CAUSE.match(line)]
     return CRASHED, causes[-1] if causes else lines[-1] if lines else "it said nothing"
