@@ -7,9 +7,12 @@ from time import monotonic
 from types import SimpleNamespace
 from typing import Any, cast
 
+import pytest
+
 from llm_daemon.core import events as ev
 from llm_daemon.core.lanes import Ticket
-from llm_daemon.daemon.desk import DaemonDesk
+from llm_daemon.daemon import desk as desk_module
+from llm_daemon.daemon.desk import AT_ONCE, PUT_OFF, RECORD_AFTER, RECORD_WITHIN, DaemonDesk
 from llm_daemon.daemon.turn import Ask, Turn
 from llm_daemon.errors import EngineError
 
@@ -37,3 +40,31 @@ def test_a_request_that_is_run_again_keeps_its_deadline() -> None:
     assert isinstance(ended, ev.Ended)
     assert abs(first.deadline - monotonic() - 10.0) < 1.0
     assert abs(again.deadline - monotonic() - 1.0) < 0.9
+
+
+@pytest.mark.parametrize(
+    ("ends", "now", "made"),
+    [
+        ([0.0], RECORD_AFTER, 1),
+        ([0.0, 0.3], 0.3, 0),  # requests come: it is put off
+        ([0.0, RECORD_WITHIN], RECORD_WITHIN, 2),  # but not for ever
+        ([0.0] * PUT_OFF, 0.001, AT_ONCE),  # nor without end
+        ([0.0] * 2 * AT_ONCE, 1.0, AT_ONCE),  # and a request that comes now does not wait for all of them
+    ],
+)
+def test_records_are_made_when_nobody_asks(monkeypatch: pytest.MonkeyPatch, ends: list[float], now: float, made: int) -> None:
+    clock = iter([*ends, now])
+    monkeypatch.setattr(desk_module, "perf_counter", lambda: next(clock))
+    recorded: list[float] = []
+    monkeypatch.setattr(DaemonDesk, "_record", lambda self, exchange, ended: recorded.append(ended))
+
+    async def main() -> None:
+        desk = DaemonDesk(cast(Any, None))
+        for _ in ends:
+            desk.over(cast(Any, object()))
+        desk._tell_some()
+        assert recorded == ends[:made]
+        desk.tell()
+        assert recorded == ends
+
+    asyncio.run(main())

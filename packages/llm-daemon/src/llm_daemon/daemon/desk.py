@@ -31,8 +31,9 @@ if TYPE_CHECKING:
     from .turn import Ask, Turn
 
 log = logging.getLogger("llm_daemon")
-RECORD_AFTER = 0.02  # seconds from the end of a request to its record
-AT_ONCE, BACKLOG = 16, 1000  # records written in one go; more of them than that, and all are
+RECORD_AFTER = 0.02  # seconds without the end of a request until records are made, so that no request meets them
+RECORD_WITHIN, PUT_OFF = 0.5, 300  # seconds for which, and how many of them, may be put off for that
+AT_ONCE, BACKLOG = 16, 1000  # records made in one go; more of them than that, and all are
 ROUTES = 64  # remembered
 DEATH_NOTICE = 1.0  # seconds an engine that broke off is given to turn out dead
 ENDS: dict[str, End] = {
@@ -187,13 +188,20 @@ class DaemonDesk:
         self._told.append((exchange, perf_counter()))
 
     def _tell_some(self) -> None:
-        """A few at a time: a request that comes meanwhile must not wait for all of them."""
+        """A few at a time, and while nobody asks if that is soon: a request that comes meanwhile must not wait for them."""
+        if not self._told:
+            return
+        now, later = perf_counter(), asyncio.get_running_loop().call_later
+        (_, oldest), (_, newest) = self._told[0], self._told[-1]
+        if now - newest < RECORD_AFTER and now - oldest < RECORD_WITHIN and len(self._told) < PUT_OFF:
+            later(RECORD_AFTER, self._tell_some)
+            return
         few = len(self._told) if len(self._told) > BACKLOG else AT_ONCE
         some, self._told = self._told[:few], self._told[few:]
         for exchange, ended in some:
             self._record(exchange, ended)
         if self._told:
-            asyncio.get_running_loop().call_later(RECORD_AFTER / 10, self._tell_some)
+            later(RECORD_AFTER / 10, self._tell_some)
 
     def tell(self) -> None:
         """Records what is over.  Whoever reads the journal calls this first."""
