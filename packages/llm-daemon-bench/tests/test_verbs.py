@@ -77,7 +77,7 @@ def test_compare(bench: Bench) -> None:
     assert found.status == 0 and lines[0] == f"A = 20261125-1:{A}, B = 20261125-1:{B}"
     row = next(line for line in lines if line.startswith("chat [warm] first_token"))
     assert "slower !" in row and row.endswith("slower prefill") and "<0.001" in row
-    assert "paired by round" in found.out and "start-up: too few trials (3 and 3; 5 a side are needed)" in found.out
+    assert "paired by round" in found.out and "start-up: too few trials to tell (3 and 3, 5 a side are needed)" in found.out
     two = json.loads(bench("compare", "20261125-1", "20261125-2", "--json").out)["comparisons"]
     assert [c["base"].split(":")[1] for c in two] == [A, B] and not two[0]["paired"]
     assert {r["verdict"] for r in two[0]["rows"] if r["cache"] in ("warm", "cold") and r["checkpoint"] != "pass"} == {"slower"}

@@ -128,7 +128,8 @@ class Trial(Record, frozen=True, kw_only=True, tag_field="type", tag="trial"):
     `t_ms`: see EVENTS; what did not happen is missing.  `cp`: by checkpoint id, those of this turn.  `cache_ok`: whether
     the server's own count of cached tokens agrees with `cache`, None if it does not tell.  `decode_ms_per_tok`:
     (last_token - first_token) / (out - tokens of the first chunk).  `finish`: the server's reason, `early` if we stopped at
-    the last checkpoint, `stall` after a time-out.  `error`: one line, None if all went well; such a trial is kept too.
+    the last checkpoint, `stall` after a time-out.  `said`: names the reply (see reply.name_of), equal for equal replies; ""
+    in sessions from before it was kept.  `error`: one line, None if all went well; such a trial is kept too.
     """
 
     schema: int = SCHEMA
@@ -166,6 +167,7 @@ class Trial(Record, frozen=True, kw_only=True, tag_field="type", tag="trial"):
     env: Conditions = msgspec.field(default_factory=Conditions)
     client: Client = msgspec.field(default_factory=Client)
     finish: str | None = None
+    said: str = ""
     error: str | None = None
 
 
