@@ -270,7 +270,8 @@ class Machine(Record, frozen=True, kw_only=True):
 class Session(Record, frozen=True, kw_only=True):
     """One invocation, resumed ones included.  `began`, `ended`, `resumed`: Unix times; `ended` None while unfinished.
 
-    `git`: commit of the suite's folder, with `+` if files there were changed; "" outside of git.
+    `git`: commit of the suite's folder, with `+` if files there were changed; "" outside of git.  `trials_given`: whether
+    `trials` were the command line's, and so those of every case; None in sessions from before that was kept.
     """
 
     schema: int = SCHEMA
@@ -285,6 +286,7 @@ class Session(Record, frozen=True, kw_only=True):
     resumed: tuple[float, ...] = ()
     ended: float | None = None
     trials: int
+    trials_given: bool | None = None
     launches: int
     interleave: str = "round"
     warmup: int = 1
