@@ -59,7 +59,7 @@ def new(
     suite: Suite, ready: dict[str, Ready], out: Path, command: Sequence[str], notes: Sequence[str], *, trials_given: bool = False
 ) -> tuple[Path, Session]:
     """A folder of its own and what goes into its `session.json` (not yet written)."""
-    folder = _make(out)
+    folder = make(out)
     table = suite.table
     session = Session(
         id=folder.name, bench_version=metadata.version("llm-daemon-bench"), suite=table.name, suite_text=suite.text,
@@ -72,7 +72,8 @@ def new(
     return folder, session
 
 
-def _make(out: Path) -> Path:
+def make(out: Path) -> Path:
+    """A new folder for a session of today.  Raises MachineError."""
     day = time.strftime("%Y%m%d")
     try:
         out.mkdir(parents=True, exist_ok=True)
