@@ -85,6 +85,24 @@ def test_replaced_weights_are_not_mixed_in(write: Write, tmp_path: Path, capsys:
     assert bench(path, "--resume") == 0 and session().session.ended is not None
 
 
+def test_a_model_may_be_a_folder(write: Write, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path, folder = write({"a": {}}, suite=SHORT + '\npage_cache = "drop"'), tmp_path / "weights"
+    folder.mkdir()
+    (folder / "config.json").write_text("{}")
+    (tmp_path / "s-a.fake.json").rename(folder / "s.fake.json")
+    text = path.read_text().replace('"{artifact}"', '"{artifact}/s.fake.json"')
+    path.write_text(text.replace(str(tmp_path / "s-a.fake.json"), str(folder)))
+    assert bench(path) == 0
+    artifact = session().session.targets[0].artifact
+    assert artifact is not None and (artifact.path, artifact.bytes) == (str(folder), 4) and len(artifact.sha256 or "") == 64
+    cut_short()
+    (folder / "config.json").write_text("[]")
+    assert f"other weights than {folder} holds now (4 bytes" in refused(path, capsys)
+    (folder / "config.json").unlink()
+    assert bench(path, "--resume") == 3
+    assert "is a folder without a model" in capsys.readouterr().err
+
+
 def test_a_target_that_was_missing_may_come_later(write: Write, tmp_path: Path) -> None:
     path, model = write({"a": {}, "b": {}}, suite=SHORT), tmp_path / "s-b.fake.json"
     told = versioned(path, tmp_path)

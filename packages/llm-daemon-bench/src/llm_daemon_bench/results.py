@@ -201,7 +201,7 @@ class Launch(Record, frozen=True, kw_only=True, tag_field="type", tag="launch"):
 
 
 class Artifact(Record, frozen=True, kw_only=True):
-    """The weights.  `quant_name`: what a GGUF header says; `sha256` hex, of the whole file."""
+    """The weights.  `quant_name`: what a GGUF header says; `sha256` hex, of the whole file; of a folder one over its files'."""
 
     path: str
     bytes: int | None = None
