@@ -41,9 +41,10 @@ BEGAN = 1_790_000_000.0
 class Speed:
     """How a target behaves.  Times in ms; `within` and `between`: noise of trials and of launches, as shares.
 
-    `stall`: chance of a trial that takes three times as long.  `right`: chance to pass a check.  `never`: chance by
-    checkpoint that it is not reached.  `longer`: tokens of its replies, as a share.  `heat`: how much slower the last
-    round is than the first.
+    `stall`: chance of a trial that takes three times as long.  `right`: chance to pass a check.  `replies`: how many different
+    ones it has for a case, the first the most likely, each of them right or wrong for good; 0: no two are equal.  `never`:
+    chance by checkpoint that it is not reached.  `longer`: tokens of its replies, as a share.  `heat`: how much slower the
+    last round is than the first.
     """
 
     queue: float = 5
@@ -54,6 +55,7 @@ class Speed:
     between: float = 0.01
     stall: float = 0.0
     right: float = 1.0
+    replies: int = 0
     longer: float = 1.0
     heat: float = 0.0
     rss_mib: float = 500
@@ -154,6 +156,7 @@ class _Maker:
         self.session, self.rng, self.launches, self.trials = session, rng, launches, trials
         self.now = BEGAN
         self.lines: list[Trial | Launch] = []
+        self.right: dict[str, bool] = {}
 
     def run(self, targets: Mapping[str, Speed], cases: Sequence[Case]) -> None:
         for launch in range(1, self.launches + 1):
@@ -190,10 +193,13 @@ class _Maker:
         dead = speed.dies_in == launch
         for turn in range(1, case.turns + 1):
             timing = _Timing(speed, case, factor, self.rng)
+            fields = {} if dead else timing.fields(turn, self.rng)
+            said = "nothing" if dead else self.reply(target, speed, case)
+            check = self.judge(said, speed) if case.checked and turn == case.turns and not dead else None
             self.lines.append(
                 Trial(
                     **self.common(target, speed, launch),
-                    **({} if dead else timing.fields(turn, self.rng)),
+                    **fields,
                     key=f"{target}-{case.id}-{cache}-{launch}-{round_}",
                     case=case.id,
                     cache=cache,
@@ -206,9 +212,22 @@ class _Maker:
                     warmup=round_ == 0 and cache != "start",
                     since_spawn_ms=speed.load * shift if cache == "start" else None,
                     error="the server closed the connection" if dead else None,
+                    said=said,
+                    check=check,
                     client=Client(cpu_ms=2.0, lag_p99_ms=0.2),
                 )
             )
+
+    def reply(self, target: str, speed: Speed, case: Case) -> str:
+        """The name of the next one."""
+        number = min(int(self.rng.expovariate(1)), speed.replies - 1) if speed.replies else len(self.lines)
+        return f"{target} {case.id} {number}"
+
+    def judge(self, said: str, speed: Speed) -> Check:
+        """The same for the same reply."""
+        if said not in self.right:
+            self.right[said] = self.rng.random() < speed.right
+        return Check(passed=self.right[said])
 
 
 @dataclass
@@ -235,8 +254,6 @@ class _Timing:
             "server_ms": ServerTimes(prompt=prefill, decode=last - first), "decode_ms_per_tok": rate,
             "tokens": Tokens(prompt=100, cached=0, out=out, first=1, source="usage"), "finish": "stop",
         }  # fmt: skip
-        if self.case.checked and turn == self.case.turns:
-            found["check"] = Check(passed=rng.random() < s.right)
         return found
 
 

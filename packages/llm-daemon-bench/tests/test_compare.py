@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from llm_daemon_bench import cells, stats
+from llm_daemon_bench import cells, passes, stats
 from llm_daemon_bench.compare import FEW, SAME, Comparison, Side, compare, gate, self_test
 
 from .simulate import CHAT, EXTRACT, Case, Speed, simulate
@@ -80,9 +80,9 @@ def test_fewer_than_five_trials_are_refused(tmp_path: Path) -> None:
     assert verdicts(enough)["one [warm] done"] == "slower" and enough.one_launch
 
 
-def test_right_and_wrong_by_pairs(tmp_path: Path) -> None:
+def test_right_and_wrong(tmp_path: Path) -> None:
     case = replace(EXTRACT, cold_start=False)
-    found = pair(tmp_path / "s", Speed(right=1.0), Speed(right=0.1), case)
+    found = pair(tmp_path / "s", Speed(right=1.0), Speed(right=0.1), case)  # every reply another one
     row = found.rows[-1]
     assert (row.key.checkpoint, row.verdict, row.base) == ("pass", "worse", 1.0)
     assert any("passes 100 %" in reason for reason in gate(found))
@@ -167,8 +167,8 @@ def test_failed_trials_stay_as_never_reached(tmp_path: Path) -> None:
     cell = found["extract-json [cold] total"]
     assert (cell.n, cell.reached, cell.misses >= 6) == (18, 12, True)
     assert (cell.reach.low, cell.reach.high) == pytest.approx((0.4375, 0.8372), abs=1e-3)
-    passes = cells.passes(made)[A, "extract-json", "cold"]
-    assert (passes.hits, passes.n) == (12, 18)
+    outcomes = passes.passes(made)[A, "extract-json", "cold"]
+    assert (outcomes.hits, outcomes.n) == (12, 18)
     assert any("7 of 21 ended in an error" in line for line in cells.warnings(made, cells.group(made)))
 
 

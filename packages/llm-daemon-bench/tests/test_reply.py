@@ -168,6 +168,25 @@ def test_completion_chunks_are_read() -> None:
     assert (text_of(found), found.finish, found.t_ms["first_content"]) == ("a", "length", 1.0)
 
 
+def test_replies_that_say_the_same_have_one_name() -> None:
+    from llm_daemon_bench.checkpoints import Call, Piece
+    from llm_daemon_bench.reply import Reply, name_of
+
+    def call(ident: str, arguments: str) -> Reply:
+        return Reply(
+            [Piece(1, calls=((0, Call("look", arguments[:3], ident)),)), Piece(2, calls=((0, Call("", arguments[3:])),))]
+        )
+
+    assert name_of(call("call_1", '{"a": 1}')) == name_of(call("call_2", '{"a": 1}')) != name_of(call("call_1", '{"a": 2}'))
+    texts = [
+        Reply([Piece(1, text="yes")]),
+        Reply([Piece(1, reasoning="yes")]),
+        Reply([Piece(1, reasoning="so", text="yes")]),
+        Reply(),
+    ]
+    assert len({name_of(reply) for reply in texts}) == 4
+
+
 def test_tool_calls_are_tokens_but_no_content() -> None:
     call = [{"index": 0, "id": "c1", "function": {"name": "find", "arguments": ""}}]
     more = [{"index": 0, "function": {"arguments": '{"q":1}'}}]

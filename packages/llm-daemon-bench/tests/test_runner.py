@@ -47,6 +47,7 @@ def test_every_cell_is_there_once(write: Write, capsys: pytest.CaptureFixture[st
     assert len({x.process for x in found.launches}) == 4
     assert found.session.ended is not None
     assert "16 trials" in capsys.readouterr().out
+    assert len({t.said for t in found.measured()}) == 1 and all(t.said for t in found.trials)  # the same words from all of them
 
 
 def test_what_a_trial_tells(write: Write) -> None:

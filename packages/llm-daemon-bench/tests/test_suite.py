@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from llm_daemon_bench import suite as suites
+from llm_daemon_bench import servers, suite as suites
+from llm_daemon_bench.artifacts import Weights
 from llm_daemon_bench.errors import SuiteError
 from llm_daemon_bench.toml_lines import line_of
 
@@ -85,6 +86,16 @@ def test_the_hash_covers_the_files_of_the_cases(code: Path) -> None:
         ('engine = "xllamacpp"\n', "", 7, "exactly one of launch, attach and engine"),
         ('"{port}"', '"{prot}"', 6, "unknown {prot}"),
         ('"{port}"', '"80"', 6, "neither {port} nor {socket}"),
+        ('"{port}"', '"{{port}}"', 6, "neither {port} nor {socket}"),
+        ('"{port}"', "'{\"port\": {port}}'", 6, 'unknown {"port": ...} in launch'),
+        ('"{port}"', '"{port"', 6, "expected '}' before end of string in launch"),
+        ('"{port}"', '"{port}}"', 6, "single '}' encountered"),
+        ('"{port}"', '"{port:d}"', 6, "{port} takes neither : nor !"),
+        ('"{port}"', '"{port!r}"', 6, "{port} takes neither : nor !"),
+        ('"{port}"', '"{port}", "{}"', 6, "unknown {} in launch"),
+        ('"--port", "{port}"]', '"--port", "{port}",\n  "{port.real}"]', 7, "unknown {port.real} in launch"),
+        ('"{port}"]', '"{port}"]\nversion = ["x", "{port}"]', 7, "unknown {port} in version"),
+        ('"{port}"]', '"{port}"]\nversion = ["x", "}"]', 7, "in version"),
         ('"code.py"', '"nowhere.py"', 25, "cannot read nowhere.py"),
         (r"'return\s'", "'ret('", 28, "regex 'ret('"),
         ("python_parses = true", "python_parses = false", 28, "can only be true"),
@@ -107,6 +118,17 @@ def test_what_is_wrong_is_told_with_its_line(code: Path, old: str, new: str, lin
     assert "\n" not in message
     assert str(code) in message
     assert re.search(rf"line {line}\b", message), message
+
+
+def test_braces_may_be_written(code: Path) -> None:
+    text = GOOD.replace('"{port}"]', """'{{"port": {port}}}']\nversion = ["echo", "{{}}{artifact}"]""")
+    weights, target = Weights("w.gguf"), suites.parse(text, code).targets[0]
+    argv, _, endpoint, _ = servers.command(target, weights, "folder", {})
+    assert servers.version(target, weights) == "{}w.gguf"
+    assert argv[-1] == f'{{"port": {endpoint.port}}}' and endpoint.socket is None
+    braces = suites.parse(GOOD.replace('"{port}"]', '"{port}", "{{socket}}"]'), code).targets[0]
+    argv, _, endpoint, _ = servers.command(braces, weights, "folder", {})
+    assert argv[-1] == "{socket}" and endpoint.socket is None
 
 
 def test_a_near_key_is_offered(code: Path) -> None:

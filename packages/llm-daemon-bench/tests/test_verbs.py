@@ -20,6 +20,10 @@ from .simulate import CHAT, EXTRACT, Speed, simulate
 
 A, B = "llama-server/m/Q4", "xllamacpp/m/Q4"
 SPEED = Speed(engine="llama-server")
+SLOWER = [
+    *(f"chat [warm] {name}" for name in ("first_token", "sentence1", "t2_first")),
+    *(f"extract-json [cold] {name}" for name in ("first_token", "total", "complete")),
+]
 MINE = ("report", "compare", "gate", "aa", "recommend", "export")
 
 
@@ -77,7 +81,7 @@ def test_compare(bench: Bench) -> None:
     assert found.status == 0 and lines[0] == f"A = 20261125-1:{A}, B = 20261125-1:{B}"
     row = next(line for line in lines if line.startswith("chat [warm] first_token"))
     assert "slower !" in row and row.endswith("slower prefill") and "<0.001" in row
-    assert "paired by round" in found.out and "start-up: too few trials (3 and 3; 5 a side are needed)" in found.out
+    assert "paired by round" in found.out and "start-up: too few trials to tell (3 and 3, 5 a side are needed)" in found.out
     two = json.loads(bench("compare", "20261125-1", "20261125-2", "--json").out)["comparisons"]
     assert [c["base"].split(":")[1] for c in two] == [A, B] and not two[0]["paired"]
     assert {r["verdict"] for r in two[0]["rows"] if r["cache"] in ("warm", "cold") and r["checkpoint"] != "pass"} == {"slower"}
@@ -94,12 +98,23 @@ def test_gate(bench: Bench) -> None:
     assert bench("gate", "20261125-1", "20261125-2", "--max", "much").status == 2
 
 
-def test_aa(bench: Bench) -> None:
+def test_aa(bench: Bench, tmp_path: Path) -> None:
     found = bench("aa", "20261125-1")
     assert found.out.count("nothing called different") == 2 and "noise floor" in found.out
     shown = json.loads(bench("aa", "20261125-1", "--target", "llama-server", "--json").out)["floors"]
     assert len(shown) == 1 and 0 < shown[0]["floor"] < 0.2 and shown[0]["called_different"] == 0
-    assert bench("aa", "20261125-1", "--target", A, "--twin", B).out.startswith(f"{A}: noise floor")
+    simulate(tmp_path / "results" / "20261125-3", {A: SPEED, B: SPEED}, (CHAT, replace(EXTRACT, cold_start=False)), seed=3)
+    same = bench("aa", "20261125-3", "--target", A, "--twin", B)
+    assert (same.status, same.err) == (0, "") and same.out.startswith(f"{A}: noise floor ")
+    assert same.out.splitlines()[0].endswith("; nothing called different")
+    other = bench("aa", "20261125-1", "--target", A, "--twin", B)  # B is slower: no twin of A, or no quiet machine
+    lines = other.out.splitlines()
+    assert other.status == 0 and "; calls 6 of 12 cells different" in lines[0]
+    assert lines[1:7] == [f"  {name}: slower: the machine was not quiet" for name in SLOWER]
+    told = json.loads(bench("aa", "20261125-1", "--target", A, "--twin", B, "--json").out)["floors"]
+    assert [f["called_different"] for f in told] == [6]
+    assert {r["verdict"] for r in told[0]["comparison"]["rows"] if r["p"] is not None} == {"slower", "no difference shown"}
+    assert bench("aa", "20261125-1", "--target", A, "--twin", "nobody").status == 2
 
 
 def test_recommend_and_apply(bench: Bench, tmp_path: Path) -> None:

@@ -83,7 +83,9 @@ class Finder:
 
     def _describe(self, path: str) -> Artifact:
         if os.path.isdir(path):
-            raise UsageError(f"{path} is a folder", code="bad_model", hint="targets are single files so far")
+            hashes = [(os.path.basename(file), self.sha256(file)) for file in files_of(path)]
+            sha = hashlib.sha256(json.dumps(hashes).encode()).hexdigest()
+            return Artifact(path=path, bytes=sum(os.stat(file).st_size for file in files_of(path)), sha256=sha)
         name = None
         try:
             name = header(path).quant
@@ -122,13 +124,19 @@ class Finder:
         return found if isinstance(found, dict) else {}
 
 
+def files_of(path: str) -> list[str]:
+    """The file, or those of a model that is a folder (of safetensors, say): what lies in it, by name, without its folders."""
+    return sorted(entry.path for entry in os.scandir(path) if entry.is_file()) if os.path.isdir(path) else [path]
+
+
 def drop_from_page_cache(path: str) -> None:
-    """Asks the kernel to forget a file's pages, posix_fadvise(2); works without root for pages nobody has mapped."""
+    """Asks the kernel to forget a model's pages, posix_fadvise(2); works without root for pages nobody has mapped."""
     if not hasattr(os, "posix_fadvise"):
         return
-    fd = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-        os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
-    finally:
-        os.close(fd)
+    for file in files_of(path):
+        fd = os.open(file, os.O_RDONLY)
+        try:
+            os.fsync(fd)
+            os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+        finally:
+            os.close(fd)

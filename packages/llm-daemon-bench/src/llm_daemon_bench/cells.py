@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 from . import stats
 from .results import LIFECYCLE, CaseInfo, Launch, Results, Trial
 
+ALL = "all cases"  # the name under which right and wrong are compared over all checked cases
 START = "start-up"  # the name under which lifecycle checkpoints of launches are shown: a case of its own, with one dot a launch
 
 
@@ -26,7 +27,7 @@ class Key(NamedTuple):
     checkpoint: str
 
     def __str__(self) -> str:
-        mode = "" if self.case == START else f" [{self.cache}]"
+        mode = "" if self.case in (START, ALL) else f" [{self.cache}]"
         return f"{self.case}{mode} {self.name}"
 
     @property
@@ -188,44 +189,6 @@ def targets(cells: Iterable[tuple[str, Key]]) -> list[str]:
 def keys(cells: Iterable[tuple[str, Key]]) -> list[Key]:
     """In the order of their first cell."""
     return list(dict.fromkeys(key for _, key in cells))
-
-
-# -- Right or wrong ------------------------------------------------------------------------------------------------------
-
-
-class Passes(NamedTuple):
-    """Outcomes of one target's checked trials of one (case, cache), by pair."""
-
-    target: str
-    case: str
-    cache: str
-    outcomes: dict[tuple[int, ...], bool]
-
-    @property
-    def hits(self) -> int:
-        return sum(self.outcomes.values())
-
-    @property
-    def n(self) -> int:
-        return len(self.outcomes)
-
-    @property
-    def rate(self) -> float:
-        return self.hits / self.n
-
-
-def passes(results: Results) -> dict[tuple[str, str, str], Passes]:
-    """By (target, case, cache).  A trial of a checked case that ended in an error did not pass."""
-    checked = {case.id for case in results.session.cases if case.checked}
-    found: dict[tuple[str, str, str], dict[tuple[int, ...], bool]] = {}
-    for t in results.measured():
-        if t.check is None and not (t.error and t.case in checked):
-            continue
-        outcomes = found.setdefault((t.target, t.case, t.cache), {})
-        pair = (t.launch, t.round, t.repeat, t.stream)
-        # Turns of one conversation are one outcome: all of them have to be right.
-        outcomes[pair] = outcomes.get(pair, True) and t.check is not None and t.check.passed
-    return {place: Passes(*place, outcomes) for place, outcomes in found.items()}
 
 
 # -- Where the time went -------------------------------------------------------------------------------------------------

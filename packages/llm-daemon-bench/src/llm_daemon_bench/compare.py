@@ -13,12 +13,14 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any, Final, Literal
 
-from . import cells as cells_, stats
-from .cells import Cell, Key, Passes
+from . import cells as cells_, passes as passes_, stats
+from .cells import ALL, Cell, Key
+from .passes import Passes
 from .results import Results
 
 LEAST = 5  # trials a side: with 3 a rank test cannot go below p = 0.1, with 5 it reaches 0.008
 ENOUGH_LAUNCHES = 5
+ENOUGH_CASES = 6  # checked cases: with 5 the exact test of pairs cannot go below p = 0.06
 THRESHOLD = 0.05  # changes below are of no interest, however surely they are there
 FEW: Final = "too few trials"
 SAME: Final = "no difference shown"
@@ -40,14 +42,15 @@ class Side:
         return {key: cell for (target, key), cell in cells_.group(self.results).items() if target == self.target}
 
     def passes(self) -> dict[tuple[str, str], Passes]:
-        return {(p.case, p.cache): p for p in cells_.passes(self.results).values() if p.target == self.target}
+        return {(p.case, p.cache): p for p in passes_.passes(self.results).values() if p.target == self.target}
 
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One cell on both sides, or the outcomes of one case (`key.checkpoint` is "pass").
+    """One cell on both sides, or the outcomes of one case or of all of them (`key.checkpoint` is "pass").
 
-    `base`, `new`: median ms, or share of passes.  `n`: trials on each side.  `p`: after Holm; None if not tested.
+    `base`, `new`: median ms, or share of passes.  `n`: trials on each side; of outcomes the number that they are worth
+    (`Passes.worth`, rounded down), or that of cases.  `p`: after Holm; None if not tested.
     `spread`: logarithm of the factor by which launches of the same thing differ, 0 where there are launches enough.
     `cause`: the largest share of a change of time, see `cells.why`; or why a change that seems large was not called.
     """
@@ -97,7 +100,8 @@ def compare(base: Side, new: Side, *, threshold: float = THRESHOLD, floor: float
         rows.append(row)
         paired_rows.append(was_paired)
     old, now = base.passes(), new.passes()
-    rows += [_pass(old[place], now[place], paired) for place in old if place in now]
+    rows += [_pass(old[place], now[place]) for place in old if place in now]
+    rows += _all_cases([old[place] for place in old if place in now], [now[place] for place in old if place in now])
     judged = _judge(rows, limit)
     return Comparison(
         str(base),
@@ -138,18 +142,30 @@ def _pairs(base: Cell, new: Cell) -> tuple[list[list[float]], list[list[float]]]
     return [[a for a, _ in group] for group in groups.values()], [[b for _, b in group] for group in groups.values()]
 
 
-def _pass(base: Passes, new: Passes, paired: bool) -> Row:
-    key = Key(base.case, base.cache, 1, "pass")
-    row = Row(key, base.rate, new.rate, (base.n, new.n), verdict=FEW)
+def _pass(base: Passes, new: Passes) -> Row:
+    """One case.  Outcomes of a round are no pairs: nothing but the question, which all trials share, ties them together.
+
+    On outcomes of 0 and 1 the exact rank test is Fisher's, with doubled tails.
+    """
+    row = Row(Key(base.case, base.cache, 1, "pass"), base.rate, new.rate, (int(base.worth), int(new.worth)), verdict=FEW)
     if min(row.n) < LEAST:
         return row
-    shared = base.outcomes.keys() & new.outcomes.keys()
-    if paired and len(shared) >= LEAST:
-        before = sum(base.outcomes[k] and not new.outcomes[k] for k in shared)
-        p = stats.mcnemar(before, sum(new.outcomes[k] and not base.outcomes[k] for k in shared))
-    else:  # without pairs: on outcomes of 0 and 1 the exact rank test is Fisher's, with doubled tails
-        p = stats.mann_whitney([float(x) for x in base.outcomes.values()], [float(x) for x in new.outcomes.values()])
-    return replace(row, p=p, verdict=SAME)
+    hits = [round(side.rate * n) for side, n in zip((base, new), row.n, strict=True)]
+    return replace(
+        row, verdict=SAME, p=stats.mann_whitney(*([1.0] * h + [0.0] * (n - h) for h, n in zip(hits, row.n, strict=True)))
+    )
+
+
+def _all_cases(base: Iterable[Passes], new: Iterable[Passes]) -> list[Row]:
+    """All cases at once, where there are enough: exact McNemar, pairs are the cases, the side that is right more often has it."""
+    old, now = passes_.by_case(base), passes_.by_case(new)
+    if len(old) < ENOUGH_CASES:
+        return []
+    before, after = (sum(x.values()) / len(x) for x in (old, now))
+    lost, won = sum(old[case] > now[case] for case in old), sum(old[case] < now[case] for case in old)
+    agree = (after - before) * (won - lost) > 0  # else a few large changes stand against many small ones
+    p = stats.mcnemar(lost, won) if agree else 1.0
+    return [Row(Key(ALL, "", 1, "pass"), before, after, (len(old), len(now)), p=p, verdict=SAME)]
 
 
 def _judge(rows: Iterable[Row], threshold: float) -> list[Row]:
@@ -191,16 +207,29 @@ def _explained(row: Row, before: dict[Key, Cell], after: dict[Key, Cell]) -> Row
 def gate(comparison: Comparison) -> list[str]:
     """One line for each reason not to let NEW pass: slower or worse, gone, or too few trials to tell.
 
-    The limit is the comparison's threshold.  Cells with one value a launch (lifecycle, first requests) count once there
-    are enough of them.
+    The limit is the comparison's threshold.  Where equal replies leave too little to tell, a case that was right more often
+    before is a reason: it is a fact about that question, if not about others.  Cells with one value a launch (lifecycle,
+    first requests) count once there are enough of them.
     """
     out = []
     for row in comparison.rows:
         if row.verdict in ("slower", "worse"):
             out.append(f"{row.key}: {tell_change(row)}")
+        elif row.verdict == FEW and row.key.checkpoint == "pass":
+            if row.base - row.new >= comparison.threshold:
+                out.append(f"{row.key}: {tell_change(row)}, by {few(row)}")
         elif row.verdict == FEW and row.key.cache != "start":
-            out.append(f"{row.key}: too few trials to tell ({row.n[0]} and {row.n[1]}, {LEAST} a side are needed)")
+            out.append(f"{row.key}: {few(row)}")
     return out + [f"{key}: not there any more" for key in comparison.missing if key.case != cells_.START]
+
+
+def few(row: Row) -> str:
+    """
+    >>> few(Row(Key("chat", "warm", 1, "done"), 1.0, 1.0, (4, 4))), few(Row(Key("chat", "warm", 1, "pass"), 1.0, 0.0, (1, 2)))
+    ('too few trials to tell (4 and 4, 5 a side are needed)', 'too few different replies to tell (1 and 2, 5 a side are needed)')
+    """
+    what = "different replies" if row.key.checkpoint == "pass" else "trials"
+    return f"too few {what} to tell ({row.n[0]} and {row.n[1]}, {LEAST} a side are needed)"
 
 
 def tell_change(row: Row) -> str:

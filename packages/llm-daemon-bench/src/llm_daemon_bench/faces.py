@@ -8,7 +8,7 @@ from typing import Any
 
 from . import stats
 from .cells import Cell, parts
-from .compare import FEW, LEAST, SAME, Comparison, Row, percent, tell_ms
+from .compare import FEW, SAME, Comparison, Row, few, percent, tell_ms
 from .recommend import Advice, Candidate
 from .report.tables import Table, Value, View
 from .report.text import plain, rich
@@ -37,10 +37,9 @@ def comparison_table(found: Comparison) -> Table:
 
 
 def few_lines(found: Comparison) -> Iterator[str]:
-    """One line for each case whose trials are too few to compare."""
-    cases = dict.fromkeys((str(row.key).removesuffix(row.key.name).strip(), row.n) for row in found.rows if row.verdict == FEW)
-    for case, n in cases:
-        yield f"{case}: {FEW} ({n[0]} and {n[1]}; {LEAST} a side are needed)"
+    """One line for each case whose trials, or different replies, are too few to compare."""
+    rows = [row for row in found.rows if row.verdict == FEW]
+    yield from dict.fromkeys(f"{str(row.key).removesuffix(row.key.name).strip()}: {few(row)}" for row in rows)
 
 
 def _amount(row: Row, value: float) -> str:
@@ -109,7 +108,18 @@ def view_json(view: View) -> dict[str, Any]:
         "session": to_json(view.results.session),
         "cells": [_cell(cell) for cell in view.cells.values()],
         "passes": [
-            {"target": p.target, "case": p.case, "cache": p.cache, "right": p.hits, "of": p.n} for p in view.passes.values()
+            {
+                "target": p.target,
+                "case": p.case,
+                "cache": p.cache,
+                "right": p.hits,
+                "of": p.n,
+                "replies": p.distinct,
+                "worth": p.worth,
+                "low": p.span.low,
+                "high": p.span.high,
+            }
+            for p in view.passes.values()
         ],
         "advice": advice_json(view.advice) if view.advice else None,
         "warnings": view.warnings,
@@ -132,7 +142,7 @@ CSV_HEAD = (
     "session", "target", "server", "version", "via", "model", "params", "quant", "case", "cache", "cache_ok", "turn", "stream",
     "launch", "round", "repeat", "warmup", "at", "checkpoint", "ms", "tokens_by_then", "pass", "prompt_tokens", "cached_tokens",
     "out_tokens", "server_prompt_ms", "server_decode_ms", "decode_ms_per_token", "rss_mib", "load1", "mhz", "temp_c", "finish",
-    "error",
+    "error", "reply",
 )  # fmt: skip
 
 
@@ -146,6 +156,7 @@ def csv_rows(results: Results) -> Iterator[list[Any]]:
         tail = [
             None if t.check is None else t.check.passed, t.tokens.prompt, t.tokens.cached, t.tokens.out, t.server_ms.prompt,
             t.server_ms.decode, t.decode_ms_per_tok, t.res.rss_mib, t.env.load1, t.env.mhz, t.env.temp_c, t.finish, t.error,
+            t.said,
         ]  # fmt: skip
         for name, reached in t.cp.items():
             yield [*head, name, reached.ms, reached.tok, *tail]

@@ -15,9 +15,10 @@ from typing import Literal
 from llm_daemon.errors import UsageError
 
 from . import cells as cells_, stats
-from .cells import START, Cell, Key, Passes
+from .cells import START, Cell, Key
 from .compare import LEAST, tell_ms
 from .errors import ResultsError
+from .passes import Passes, by_case, passes as passes_of
 from .results import Results, TargetInfo, Trial
 
 Prefer = Literal["speed", "quality", "size"]
@@ -141,7 +142,7 @@ def recommend(
     """
     if not results.measured():
         raise ResultsError(f"{results.folder} holds no measured trial", hint="`llm-daemon bench run` first")
-    cells, passes = cells_.group(results), cells_.passes(results)
+    cells, passes = cells_.group(results), passes_of(results)
     for slo in slos:
         _check_known(slo, results)
     slow = slowness(cells, slos)
@@ -190,10 +191,14 @@ def _judge(
     if slo.what == "pass":
         case = next(c for c in results.session.cases if c.id == slo.case)
         seen = passes.get((target, slo.case, slo.cache or case.cache))
-        return _judge_share(slo, "right", seen.hits if seen else 0, seen.n if seen else 0, observed)
+        return _judge_pass(slo, seen, observed) if seen else _nothing(slo)
     cell = _cell(slo, target, results, cells)
     if slo.what == "reach":
-        return _judge_share(slo, "reached", cell.reached if cell else 0, cell.n if cell else 0, observed)
+        return (
+            _judge_share(slo, f"reached {cell.reached} of {cell.n}", cell.reached / cell.n, cell.n, observed)
+            if cell
+            else _nothing(slo)
+        )
     return _judge_time(slo, cell, observed)
 
 
@@ -229,25 +234,34 @@ def _more(n: int, value: float, span: stats.Interval, limit: float) -> int | Non
     return max(more, 1) if more <= MOST else None
 
 
-def _judge_share(slo: Slo, word: str, hits: int, n: int, observed: bool) -> Judged:
-    if n == 0:
-        return _nothing(slo)
-    name = slo.case + (f".{slo.point}" if slo.point else "")
-    said, span = f"{name} {word} {hits} of {n}", stats.wilson(hits, n)
+def _judge_pass(slo: Slo, seen: Passes, observed: bool) -> Judged:
+    """By as many trials as they are worth.  Who always says the same is judged by it: of this case there is no more to learn."""
+    same = seen.distinct == 1 and seen.n >= LEAST
+    words = (
+        "" if seen.distinct in (None, seen.n) else ", always the same reply" if same else f", {seen.distinct} different replies"
+    )
+    return _judge_share(
+        slo, f"right {seen.hits} of {seen.n}{words}", seen.rate, seen.worth, observed or same, seen.n / seen.worth
+    )
+
+
+def _judge_share(slo: Slo, said: str, rate: float, n: float, observed: bool, each: float = 1.0) -> Judged:
+    """`n`: what the trials are worth, `each`: trials for one more."""
+    said, span = f"{slo.case}{f'.{slo.point}' if slo.point else ''} {said}", stats.wilson(rate * n, n)
     if observed or n >= LEAST:
-        low, high = (hits / n, hits / n) if observed else (span.low, span.high)
+        low, high = (rate, rate) if observed else (span.low, span.high)
         if low >= slo.limit:
             return Judged(str(slo), "met", f"{said}, at least {slo.limit:.0%}")
         if high < slo.limit:
             return Judged(str(slo), "missed", f"{said}, wanted {slo.limit:.0%}")
-    more = next((m for m in range(1, MOST) if _decided(hits / n, n + m, slo.limit)), None)
+    more = next((m for m in range(1, MOST) if _decided(rate, n + m / each, slo.limit)), None)
     return Judged(
         str(slo), "undecided", f"{said}, somewhere from {span.low:.0%} to {span.high:.0%}; wanted {slo.limit:.0%}", more
     )
 
 
-def _decided(rate: float, n: int, limit: float) -> bool:
-    span = stats.wilson(round(rate * n), n)
+def _decided(rate: float, n: float, limit: float) -> bool:
+    span = stats.wilson(rate * n, n)
     return span.low >= limit or span.high < limit
 
 
@@ -286,13 +300,8 @@ def slowness(cells: dict[tuple[str, Key], Cell], slos: Sequence[Slo]) -> dict[st
 
 def quality_of(target: str, passes: Iterable[Passes]) -> float | None:
     """Mean share of right answers over checked cases: each case counts the same, however many trials and cache modes it has."""
-    counts: dict[str, list[int]] = {}
-    for p in passes:
-        if p.target == target:
-            row = counts.setdefault(p.case, [0, 0])
-            row[0] += p.hits
-            row[1] += p.n
-    return sum(hits / n for hits, n in counts.values()) / len(counts) if counts else None
+    shares = by_case(p for p in passes if p.target == target).values()
+    return sum(shares) / len(shares) if shares else None
 
 
 def _rank(c: Candidate, prefer: Prefer) -> tuple[float, ...]:

@@ -5,6 +5,7 @@ Formats: OpenAI's chat and completion chunks; llama.cpp's own `/completion` and 
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from collections.abc import Sequence
@@ -16,7 +17,7 @@ from typing import Any
 from llm_daemon.core.sse import Splitter
 from llm_daemon.errors import RemoteProtocolError
 
-from .checkpoints import Call, Piece
+from .checkpoints import Call, Piece, View
 from .client import Raw
 from .results import Gaps, ServerTimes, Tokens
 
@@ -204,6 +205,23 @@ def _out(reply: Reply) -> int | None:
 def _with_text(out: int, chunks: int) -> int:
     """Tokens that brought text: a token that ends the reply is counted by servers and seen by nobody."""
     return chunks if out == chunks + 1 else out
+
+
+def name_of(reply: Reply) -> str:
+    """Sixteen hex digits, the same for two replies that say the same: reasoning, text, and tool calls without their ids.
+
+    How the text was cut into chunks makes no difference.
+
+    >>> a, b = Reply([Piece(0, "yes")]), Reply([Piece(1, "y"), Piece(2, "es")])
+    >>> name_of(a) == name_of(b), name_of(a) == name_of(Reply([Piece(0, "no")])), len(name_of(Reply()))
+    (True, False, 16)
+    """
+    view = View()
+    for piece in reply.pieces:
+        view.take(piece)
+    calls = [(call.name, call.arguments) for _, call in sorted(view.calls.items())]
+    said = ["".join(p.reasoning for p in reply.pieces), view.text, calls]
+    return hashlib.sha256(json.dumps(said).encode()).hexdigest()[:16]
 
 
 def tokens(reply: Reply) -> Tokens:

@@ -128,7 +128,8 @@ class Trial(Record, frozen=True, kw_only=True, tag_field="type", tag="trial"):
     `t_ms`: see EVENTS; what did not happen is missing.  `cp`: by checkpoint id, those of this turn.  `cache_ok`: whether
     the server's own count of cached tokens agrees with `cache`, None if it does not tell.  `decode_ms_per_tok`:
     (last_token - first_token) / (out - tokens of the first chunk).  `finish`: the server's reason, `early` if we stopped at
-    the last checkpoint, `stall` after a time-out.  `error`: one line, None if all went well; such a trial is kept too.
+    the last checkpoint, `stall` after a time-out.  `said`: names the reply (see reply.name_of), equal for equal replies; ""
+    in sessions from before it was kept.  `error`: one line, None if all went well; such a trial is kept too.
     """
 
     schema: int = SCHEMA
@@ -166,6 +167,7 @@ class Trial(Record, frozen=True, kw_only=True, tag_field="type", tag="trial"):
     env: Conditions = msgspec.field(default_factory=Conditions)
     client: Client = msgspec.field(default_factory=Client)
     finish: str | None = None
+    said: str = ""
     error: str | None = None
 
 
@@ -199,7 +201,7 @@ class Launch(Record, frozen=True, kw_only=True, tag_field="type", tag="launch"):
 
 
 class Artifact(Record, frozen=True, kw_only=True):
-    """The weights.  `quant_name`: what a GGUF header says; `sha256` hex, of the whole file."""
+    """The weights.  `quant_name`: what a GGUF header says; `sha256` hex, of the whole file; of a folder one over its files'."""
 
     path: str
     bytes: int | None = None
@@ -268,7 +270,8 @@ class Machine(Record, frozen=True, kw_only=True):
 class Session(Record, frozen=True, kw_only=True):
     """One invocation, resumed ones included.  `began`, `ended`, `resumed`: Unix times; `ended` None while unfinished.
 
-    `git`: commit of the suite's folder, with `+` if files there were changed; "" outside of git.
+    `git`: commit of the suite's folder, with `+` if files there were changed; "" outside of git.  `trials_given`: whether
+    `trials` were the command line's, and so those of every case; None in sessions from before that was kept.
     """
 
     schema: int = SCHEMA
@@ -283,6 +286,7 @@ class Session(Record, frozen=True, kw_only=True):
     resumed: tuple[float, ...] = ()
     ended: float | None = None
     trials: int
+    trials_given: bool | None = None
     launches: int
     interleave: str = "round"
     warmup: int = 1

@@ -29,6 +29,7 @@ from .client import Endpoint, get
 from .process import Died, Process, tail
 from .results import Reached
 from .suite import Suite, Target
+from .templates import named
 
 POLL_S = 0.004  # between two looks whether it is up: finer costs the loading server CPU, coarser costs precision
 ANSWER_S = 5.0  # for one look
@@ -272,13 +273,13 @@ def command(
     port, path = free_port(), os.path.join(folder, "s")
     values = {**places(target, weights), "port": str(port), "socket": path}
     argv = [part.format_map(values) for part in server.launch or ()]
-    uses_socket = any("{socket}" in part for part in server.launch or ())
+    uses_socket = any("socket" in named(part) for part in server.launch or ())
     endpoint = Endpoint(socket=path, headers=headers) if uses_socket else Endpoint("127.0.0.1", port, headers=headers)
     return argv, {**os.environ, **server.env}, endpoint, target.model.id
 
 
 def places(target: Target, weights: Weights) -> dict[str, str]:
-    """What stands for the braces in `launch`, without port and socket."""
+    """What stands for the names in braces in `launch`, without port and socket: those of templates.TOLD."""
     server = target.server
     return {
         "artifact": weights.path, "host": "127.0.0.1", "threads": str(threads(target)), "context": str(server.context),

@@ -6,7 +6,7 @@ import fnmatch
 import shlex
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from importlib import metadata
@@ -16,7 +16,7 @@ import msgspec
 
 from . import machine, results, servers
 from .errors import ResultsError, SuiteError
-from .results import ServerRef, Session, TargetInfo
+from .results import Artifact, Results, ServerRef, Session, TargetInfo
 from .runner import Ready
 from .suite import Suite, Target
 
@@ -55,14 +55,16 @@ def _fitting(names: list[str], patterns: tuple[str, ...], what: str) -> list[str
     return [n for n in names if not patterns or any(fnmatch.fnmatchcase(n, p) for p in patterns)]
 
 
-def new(suite: Suite, ready: dict[str, Ready], out: Path, command: Sequence[str], notes: Sequence[str]) -> tuple[Path, Session]:
+def new(
+    suite: Suite, ready: dict[str, Ready], out: Path, command: Sequence[str], notes: Sequence[str], *, trials_given: bool = False
+) -> tuple[Path, Session]:
     """A folder of its own and what goes into its `session.json` (not yet written)."""
-    folder = _make(out)
+    folder = make(out)
     table = suite.table
     session = Session(
         id=folder.name, bench_version=metadata.version("llm-daemon-bench"), suite=table.name, suite_text=suite.text,
         suite_sha256=suite.sha256, command=tuple(command), git=machine.git_state(suite.path.absolute().parent), began=time.time(),
-        trials=table.trials, launches=table.launches, interleave=table.interleave, warmup=table.warmup,
+        trials=table.trials, trials_given=trials_given, launches=table.launches, interleave=table.interleave, warmup=table.warmup,
         seed=table.seed if table.seed is not None else int(time.time_ns() // 1000 % 1_000_000), machine=machine.describe(),
         targets=tuple(_about(t, ready.get(t.id)) for t in suite.targets), cases=tuple(c.info() for c in suite.cases),
         notes=tuple(notes),
@@ -70,7 +72,8 @@ def new(suite: Suite, ready: dict[str, Ready], out: Path, command: Sequence[str]
     return folder, session
 
 
-def _make(out: Path) -> Path:
+def make(out: Path) -> Path:
+    """A new folder for a session of today.  Raises MachineError."""
     day = time.strftime("%Y%m%d")
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -120,13 +123,49 @@ def resumed(folder: Path, suite: Suite) -> tuple[Session, Suite]:
         )
     if session.bench_version != metadata.version("llm-daemon-bench"):
         session = msgspec.structs.replace(session, notes=(*session.notes, f"resumed by {metadata.version('llm-daemon-bench')}"))
-    trials = session.trials if session.trials != suite.table.trials else None  # as --trials had it; else cases keep their own
+    given = session.trials != suite.table.trials if session.trials_given is None else session.trials_given
+    trials = session.trials if given else None  # else cases keep their own
     names = tuple(t.id for t in session.targets), tuple(c.id for c in session.cases)
     suite = Chosen(trials, session.launches, None, *names).apply(suite)
     session = msgspec.structs.replace(session, resumed=(*session.resumed, time.time()), ended=None)
     if session.machine.boot_id != machine.boot_id():
         session = msgspec.structs.replace(session, notes=(*session.notes, "resumed after a restart of the machine"))
     return session, suite
+
+
+def still(found: Results, session: Session, ready: dict[str, Ready]) -> Session:
+    """The session with what is known now of targets that were not measured before.  `found`: what is on the disk of it.
+
+    Raises ResultsError if a measured one has other weights or another version now: two things would stand under one name.
+    """
+    versions = {t.target: t.server.version for t in found.trials} | {x.target: x.server.version for x in found.launches}
+    changes: list[str] = []
+    targets = []
+    for old in session.targets:
+        now = ready.get(old.id)
+        if now is not None and old.id in versions:
+            changes += [f"{old.id} {change}" for change in _changes(old, versions[old.id], now)]
+        targets.append(old if now is None or old.id in versions else _about(now.target, now))
+    if changes:
+        more = f" (and {len(changes) - 1} more)" if len(changes) > 1 else ""
+        raise ResultsError(
+            f"{session.id} cannot go on: {changes[0]}{more}",
+            hint="measure anew without --resume, or bring back what it was begun with",
+        )
+    return msgspec.structs.replace(session, targets=tuple(targets))
+
+
+def _changes(old: TargetInfo, version: str, now: Ready) -> Iterator[str]:
+    """What of a target is not as it was recorded, in words."""
+    if version != now.version:
+        yield f"was measured with version {version or '(not told)'} of {old.server.id}, now it is {now.version or '(not told)'}"
+    was, is_ = old.artifact, now.weights.artifact
+    if was is not None and is_ is not None and was.sha256 != is_.sha256:
+        yield f"was measured with other weights than {is_.path} holds now ({_print(was)}, now {_print(is_)})"
+
+
+def _print(artifact: Artifact) -> str:
+    return f"{artifact.bytes} bytes, SHA-256 {(artifact.sha256 or '?')[:8]}"
 
 
 def folders(out: Path) -> list[Path]:

@@ -23,6 +23,7 @@ from llm_daemon.client.sync import is_path
 
 from .errors import SuiteError
 from .results import CaseInfo, CheckpointInfo
+from .templates import PLACES, TOLD, named
 from .toml_lines import line_of
 
 Name = Annotated[str, Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.+-]*$")]
@@ -362,17 +363,23 @@ class _Reading:
             raise self.bad(f"attach must be http://HOST:PORT, not {server.attach!r}", "server", i, "attach")
         if server.via == "daemon" and server.engine is None:
             raise self.bad('via = "daemon" needs engine', "server", i, "via", hint="`llm-daemon engines` lists them")
-        if server.launch is not None:
-            for part in server.launch:
-                for field in re.findall(r"\{(\w*)\}", part):
-                    if field not in PLACES:
-                        hint = "known are " + ", ".join(PLACES) + "; write {{ for a brace"
-                        raise self.bad(f"unknown {{{field}}} in launch", "server", i, "launch", hint=hint)
-            if not any("{port}" in part or "{socket}" in part for part in server.launch):
-                raise self.bad("launch names neither {port} nor {socket}", "server", i, "launch")
+        self.template(i, "version", server.version or (), TOLD)
+        if server.launch is not None and not self.template(i, "launch", server.launch, PLACES) & {"port", "socket"}:
+            raise self.bad("launch names neither {port} nor {socket}", "server", i, "launch")
         for name in server.models or ():
             if name not in models:
                 raise self.bad(f"no [[model]] {name!r}", "server", i, "models")
+
+    def template(self, i: int, key: str, argv: tuple[str, ...], known: tuple[str, ...]) -> set[str]:
+        """The names in braces in a command of server `i`."""
+        found: set[str] = set()
+        for n, part in enumerate(argv):
+            try:
+                found |= named(part, known)
+            except ValueError as e:
+                hint = "known are " + ", ".join(known) + "; write {{ and }} for braces"
+                raise self.bad(f"{e} in {key}", "server", i, key, n, hint=hint) from None
+        return found
 
     def targets(self, server: ServerTable, models: tuple[ModelTable, ...]) -> list[Target]:
         out = []
@@ -515,10 +522,6 @@ class _Reading:
         if not isinstance(found, kind):
             raise self.bad(f"{name}: must hold a JSON {'object' if kind is dict else 'array'}", *where)
         return found
-
-
-# What may stand in braces in `launch`.
-PLACES = ("artifact", "port", "host", "socket", "threads", "context", "slots", "alias", "gpu_layers")
 
 
 def _is_http(address: str) -> bool:

@@ -182,7 +182,8 @@ class Bench:
             since_spawn_ms=round((raw.t0_ns - spawned) / 1e6, 3) if cache == "start" and raw.t0_ns else None,
             t_ms=t_ms, cp={name: _rounded(reached) for name, reached in part.cp.items()}, check=part.check, tokens=counted,
             server_ms=replies.server_times(reply), decode_ms_per_tok=None if decode is None else round(decode, 4),
-            gaps=replies.gaps(reply.said), finish=reply.finish if raw.finish == "done" else raw.finish, error=part.error,
+            gaps=replies.gaps(reply.said), finish=reply.finish if raw.finish == "done" else raw.finish,
+            said=replies.name_of(reply), error=part.error,
         )  # fmt: skip
 
 

@@ -19,9 +19,11 @@ VERBS: dict[str, str] = {
     "aa": "Tell how large a difference is where there is none.",
     "recommend": "Name the target to use, and why not the others.",
     "export": "Print every trial as a line of CSV.",
+    "import": "Make a session of what llama-bench or llama-benchy measured.",
     "doctor": "Look for what would spoil a measurement here.",
     "validate": "Hold our numbers against references, and print how far they agree.",
 }
+FILES = {"import": "import_"}  # of a verb that no module may be called by
 ENDINGS = "Exit status: 0 fine, 1 a gate was not passed, 2 wrong usage, 3 the machine or a server's fault, 130 interrupted."
 
 
@@ -34,7 +36,7 @@ class Verbs(click.Group):
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         if cmd_name not in VERBS:
             return None
-        found: click.Command = import_module(f"{__package__}.{cmd_name.replace('-', '_')}").command
+        found: click.Command = import_module(f"{__package__}.{FILES.get(cmd_name, cmd_name)}").command
         return found
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:

@@ -68,8 +68,10 @@ def command(
         ready = prepare(suite, Finder(out / sessions.HASHES, lambda text: display.doing("", text)), display.problem)
         if not ready:
             raise MachineError("no target can be run", hint="each line above says what one of them needs")
-        if not (resume or session):
-            folder, about = sessions.new(suite, ready, out, sessions.invoked(), display.problems)
+        if resume or session:
+            about = sessions.still(results.load(folder), about, ready)
+        else:
+            folder, about = sessions.new(suite, ready, out, sessions.invoked(), display.problems, trials_given=trials is not None)
         with closing(results.Writer(folder)) as writer:
             writer.session(about)
             try:

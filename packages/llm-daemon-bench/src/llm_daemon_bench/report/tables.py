@@ -10,8 +10,9 @@ from datetime import UTC, datetime
 from functools import cached_property
 
 from .. import cells as cells_, stats
-from ..cells import START, Cell, Key, Passes
+from ..cells import START, Cell, Key
 from ..compare import tell_ms
+from ..passes import Passes, passes
 from ..recommend import Advice, recommend, wishes_of
 from ..results import CaseInfo, Results
 
@@ -54,7 +55,7 @@ class View:
 
     @classmethod
     def of(cls, results: Results) -> View:
-        return cls(results, cells_.group(results), cells_.passes(results))
+        return cls(results, cells_.group(results), passes(results))
 
     @cached_property
     def targets(self) -> list[str]:
@@ -113,12 +114,15 @@ def times(cell: Cell) -> Value:
     return Value(tell_ms(cell.median), cell.median if math.isfinite(cell.median) else None, mark, hint, detail)
 
 
-def right(passes: Passes | None) -> Value:
-    if passes is None:
+def right(outcomes: Passes | None) -> Value:
+    """With the number of different replies, where some were equal."""
+    if outcomes is None:
         return Value("-", None, "dim")
-    span = stats.wilson(passes.hits, passes.n)
-    mark = "good" if passes.hits == passes.n else "bad" if passes.rate < 0.5 else ""
-    return Value(f"{passes.hits}/{passes.n}", passes.rate, mark, f"{span.low:.0%} to {span.high:.0%}")
+    span, told = outcomes.span, outcomes.distinct
+    mark = "good" if outcomes.hits == outcomes.n else "bad" if outcomes.rate < 0.5 else ""
+    detail = "" if told in (None, outcomes.n) else "(1 reply)" if told == 1 else f"({told} replies)"
+    hint = f"{span.low:.0%} to {span.high:.0%}, worth {outcomes.worth:.1f} independent trials"
+    return Value(f"{outcomes.hits}/{outcomes.n}", outcomes.rate, mark, hint, detail)
 
 
 def amount(mib: float | None) -> Value:
