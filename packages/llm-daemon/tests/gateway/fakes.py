@@ -9,6 +9,7 @@ from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from time import process_time
 from types import TracebackType
 from typing import Any
 
@@ -25,6 +26,19 @@ CHAT = "/v1/chat/completions"
 BODY = b'{"model":"m","messages":[]}'
 FORMS = {path for path, route in RELAYED.items() if route.multipart}
 FORM = b'--x\r\nContent-Disposition: form-data; name="model"\r\n\r\nm\r\n--x--\r\n'
+
+
+async def grows_evenly(work: Callable[[int], Awaitable[None]], most: int) -> bool:
+    """Whether `most` costs about as much CPU for each as an eighth of it does: four times as much is noise, eight is a square."""
+
+    async def cost(size: int) -> float:
+        began = process_time()
+        await work(size)
+        return process_time() - began
+
+    few = min([await cost(most // 8) for _ in range(3)])
+    many = min([await cost(most) for _ in range(2)])
+    return many < 4 * 8 * few
 
 
 class Log:
