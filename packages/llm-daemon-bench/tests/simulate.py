@@ -12,8 +12,8 @@ from typing import Any
 
 import msgspec
 
-from llm_daemon_bench import results
-from llm_daemon_bench.results import (
+from llm_daemon_bench import records, results
+from llm_daemon_bench.records import (
     Artifact,
     CaseInfo,
     Check,
@@ -24,7 +24,6 @@ from llm_daemon_bench.results import (
     Machine,
     Reached,
     Resources,
-    Results,
     ServerRef,
     ServerTimes,
     Session,
@@ -33,6 +32,7 @@ from llm_daemon_bench.results import (
     Tokens,
     Trial,
 )
+from llm_daemon_bench.results import Results
 
 BEGAN = 1_790_000_000.0
 
@@ -75,7 +75,7 @@ class Case:
     """`points`: (id, token of the reply at which it is reached; 1 is the first token, turn, SLO)."""
 
     id: str
-    cache: results.Cache = "warm"
+    cache: records.Cache = "warm"
     points: Sequence[tuple[str, int, int, float | None]] = (("first_token", 1, 1, None), ("done", 40, 1, None))
     checked: bool = False
     cold_start: bool = False
@@ -186,7 +186,7 @@ class _Maker:
         points = {name: Reached(ms=ms) for name, ms in cp.items()}
         self.lines.append(Launch(**self.common(target, speed, launch), key=f"L{target}-{launch}", round=launch, cp=points))
 
-    def trial(self, target: str, speed: Speed, case: Case, launch: int, round_: int, shift: float, cache: results.Cache) -> None:
+    def trial(self, target: str, speed: Speed, case: Case, launch: int, round_: int, shift: float, cache: records.Cache) -> None:
         self.now += 1
         factor = shift * math.exp(self.rng.gauss(0, speed.within)) * (1 + speed.heat * round_ / self.trials)
         factor *= 3 if self.rng.random() < speed.stall else 1

@@ -10,7 +10,7 @@ import pytest
 from llm_daemon_bench import suite as suites
 from llm_daemon_bench.checkpoints import Call, Piece, View, Watch, evaluate, judge
 from llm_daemon_bench.errors import SuiteError
-from llm_daemon_bench.results import Reached
+from llm_daemon_bench.records import Reached
 from llm_daemon_bench.suite import Case
 
 SCHEMA = {"type": "object", "properties": {"total": {"type": "number"}}, "required": ["total"]}

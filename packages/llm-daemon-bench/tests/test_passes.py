@@ -149,7 +149,7 @@ def test_sessions_from_before_replies_were_named(tmp_path: Path) -> None:
     assert found.n == 12 and found.distinct is None and found.worth <= 2 and right(found).detail == ""
     assert not calls(compare(Side(old, A), Side(old, B)))
     line = msgspec.json.encode(made.trials[0]).replace(b'"said":', b'"unheard_of":')
-    from llm_daemon_bench.results import Trial
+    from llm_daemon_bench.records import Trial
 
     assert msgspec.json.decode(line, type=Trial).said == ""
     assert SAME not in {row.verdict for row in compare(Side(old, A), Side(old, B)).rows if row.key.checkpoint == "pass"}

@@ -16,8 +16,9 @@ from llm_daemon.models.catalog import Catalog
 from llm_daemon.spec import Wish
 from llm_daemon_bench.apply import apply, wish_for
 from llm_daemon_bench.recommend import Advice, Candidate, Slo, recommend, wishes_of
+from llm_daemon_bench.records import TargetInfo
 from llm_daemon_bench.report.tables import advice_lines
-from llm_daemon_bench.results import Results, TargetInfo
+from llm_daemon_bench.results import Results
 
 from .simulate import CHAT, EXTRACT, Speed, simulate
 

@@ -9,8 +9,8 @@ import pytest
 
 from llm_daemon_bench import reply as replies
 from llm_daemon_bench.client import Raw
+from llm_daemon_bench.records import Tokens
 from llm_daemon_bench.reply import Reply
-from llm_daemon_bench.results import Tokens
 
 
 def raw(*events: tuple[float, Any], finish: str = "done", end: float = 99.0) -> Raw:

@@ -14,10 +14,11 @@ import msgspec
 import pytest
 
 from llm_daemon_bench import results
+from llm_daemon_bench.records import Stream
 from llm_daemon_bench.report import text
 from llm_daemon_bench.report.html import counted, html
 from llm_daemon_bench.report.tables import View, case_table, environment, summary
-from llm_daemon_bench.results import Results, Stream
+from llm_daemon_bench.results import Results
 
 from .simulate import CASES, EXTRACT, Speed, simulate
 

@@ -11,7 +11,8 @@ import pytest
 
 from llm_daemon_bench import results
 from llm_daemon_bench.errors import MachineError, ResultsError
-from llm_daemon_bench.results import Launch, Machine, Reached, ServerRef, Session, Stream, Trial, Writer
+from llm_daemon_bench.records import Launch, Machine, Reached, ServerRef, Session, Stream, Trial
+from llm_daemon_bench.results import Writer
 
 
 def trial(key: str, part: int = 1, parts: int = 1) -> Trial:

@@ -12,7 +12,7 @@ import psutil
 import pytest
 
 from llm_daemon.cli.main import run
-from llm_daemon_bench import results
+from llm_daemon_bench import records, results
 from llm_daemon_bench.results import Results
 
 from .suites import CASE, Write
@@ -42,7 +42,7 @@ def test_every_cell_is_there_once(write: Write, capsys: pytest.CaptureFixture[st
     assert {cell for cell in seen if not cell[-1]} == wanted
     assert set(seen.values()) == {1}
     assert len(found.trials) == 16 + 8  # and one warm-up of each case in each launch
-    assert [sorted(x.cp) for x in found.launches] == [sorted(results.LIFECYCLE)] * 4
+    assert [sorted(x.cp) for x in found.launches] == [sorted(records.LIFECYCLE)] * 4
     assert all(x.error is None and x.process for x in found.launches)
     assert len({x.process for x in found.launches}) == 4
     assert found.session.ended is not None
@@ -63,7 +63,7 @@ def test_what_a_trial_tells(write: Write) -> None:
     assert reached.ms >= trial.t_ms["first_token"]
     assert trial.cp["never"].ms is None
     assert (trial.cp["never"].censored_ms or 0) >= trial.t_ms["last_token"]
-    assert trial.check == results.Check(passed=True)
+    assert trial.check == records.Check(passed=True)
     assert (trial.tokens.prompt, trial.tokens.out, trial.tokens.source) == (3, 6, "usage")
     assert trial.decode_ms_per_tok is not None
     assert trial.decode_ms_per_tok > 0
@@ -236,7 +236,7 @@ check = { contains = "42" }
     talk = [t for t in found.measured() if t.case == "talk"]
     assert [(t.turn, t.part, t.parts, list(t.cp)) for t in talk] == [(1, 1, 2, ["t1"]), (2, 2, 2, ["t2"])]
     assert all(r.ms is not None for t in talk for r in t.cp.values())
-    assert [t.check for t in talk] == [None, results.Check(passed=True)]
+    assert [t.check for t in talk] == [None, records.Check(passed=True)]
     agent = [t for t in found.measured() if t.case == "agent"]
     assert [t.error for t in agent] == [None, "this turn gives a tool's result, and the reply before called no tool"]
     assert agent[1].check is not None

@@ -24,7 +24,7 @@ from llm_daemon.models.store import Store
 from llm_daemon.spec import Wish
 
 from .errors import MachineError
-from .results import TargetInfo
+from .records import TargetInfo
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,7 +21,7 @@ from llm_daemon.models.fetch import fetch_sync
 from llm_daemon.models.gguf import header
 from llm_daemon.spec import Spec, Wish
 
-from .results import Artifact
+from .records import Artifact
 from .suite import Target
 
 BLOCK = 1 << 20

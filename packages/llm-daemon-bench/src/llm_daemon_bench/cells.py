@@ -12,7 +12,8 @@ from functools import cached_property
 from typing import Any, NamedTuple
 
 from . import stats
-from .results import LIFECYCLE, CaseInfo, Launch, Results, Trial
+from .records import LIFECYCLE, CaseInfo, Launch, Trial
+from .results import Results
 
 ALL = "all cases"  # the name under which right and wrong are compared over all checked cases
 START = "start-up"  # the name under which lifecycle checkpoints of launches are shown: a case of its own, with one dot a launch

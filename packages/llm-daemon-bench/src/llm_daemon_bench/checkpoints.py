@@ -15,8 +15,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from . import partial_json
-from .results import Check, Reached
-from .suite import Case, Checkpoint, Predicate
+from .records import Check, Reached
+from .suite import Case
+from .suite_tables import Checkpoint, Predicate
 
 _FENCE = re.compile(r"^[ \t]*```[^\n]*$", re.MULTILINE)
 _CODE = re.compile(r"^[ \t]*```[^\n]*\n(.*?)(?:^[ \t]*```[ \t]*$|\Z)", re.MULTILINE | re.DOTALL)

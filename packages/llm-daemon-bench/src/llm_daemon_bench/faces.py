@@ -10,9 +10,10 @@ from . import stats
 from .cells import Cell, parts
 from .compare import FEW, SAME, Comparison, Row, few, percent, tell_ms
 from .recommend import Advice, Candidate
+from .records import to_json
 from .report.tables import Table, Value, View
 from .report.text import plain, rich
-from .results import Results, to_json
+from .results import Results
 
 MARKS = {"faster": "good", "better": "good", "slower": "bad", "worse": "bad", SAME: "dim"}
 

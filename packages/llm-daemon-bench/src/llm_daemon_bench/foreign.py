@@ -21,7 +21,7 @@ from typing import Any
 from . import sessions
 from .errors import ResultsError
 from .plan import digest
-from .results import (
+from .records import (
     Artifact,
     CaseInfo,
     CheckpointInfo,
@@ -33,8 +33,8 @@ from .results import (
     TargetInfo,
     Tokens,
     Trial,
-    Writer,
 )
+from .results import Writer
 
 TEXTS = {
     "prompt": "the whole prompt is processed",

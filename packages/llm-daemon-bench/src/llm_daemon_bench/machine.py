@@ -15,7 +15,7 @@ import psutil
 
 from llm_daemon.engines.base import usable_cores
 
-from .results import Conditions, Machine
+from .records import Conditions, Machine
 
 CPU = Path("/sys/devices/system/cpu")
 MIB = 1 << 20

@@ -14,7 +14,7 @@ from pathlib import Path
 import psutil
 
 from .machine import MIB, conditions, swapped_in
-from .results import Client, Conditions, Resources
+from .records import Client, Conditions, Resources
 
 RAPL = Path("/sys/class/powercap")
 LAG_STEP_S = 0.01

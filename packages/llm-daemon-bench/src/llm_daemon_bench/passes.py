@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from . import stats
-from .results import Results, Trial
+from .records import Trial
+from .results import Results
 
 
 @dataclass(frozen=True)

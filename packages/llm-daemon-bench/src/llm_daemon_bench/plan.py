@@ -8,7 +8,7 @@ import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from .results import Cache
+from .records import Cache
 from .suite import Case, Suite, Target
 
 

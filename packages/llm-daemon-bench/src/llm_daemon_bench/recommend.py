@@ -19,7 +19,8 @@ from .cells import START, Cell, Key
 from .compare import LEAST, tell_ms
 from .errors import ResultsError
 from .passes import Passes, by_case, passes as passes_of
-from .results import Results, TargetInfo, Trial
+from .records import TargetInfo, Trial
+from .results import Results
 
 Prefer = Literal["speed", "quality", "size"]
 State = Literal["met", "missed", "undecided"]

@@ -19,7 +19,7 @@ from llm_daemon.errors import RemoteProtocolError
 
 from .checkpoints import Call, Piece, View
 from .client import Raw
-from .results import Gaps, ServerTimes, Tokens
+from .records import Gaps, ServerTimes, Tokens
 
 # llama.cpp has sent errors under a field name of their own, which is no field of an event stream.
 _ERROR_LINE = re.compile(rb"(?:^|\n)error: *(\{.*)")
@@ -27,7 +27,7 @@ _ERROR_LINE = re.compile(rb"(?:^|\n)error: *(\{.*)")
 
 @dataclass(slots=True)
 class Reply:
-    """A stream taken apart.  `t_ms`: see results.EVENTS.  `progress`: (ms, what the server said of its prompt processing)."""
+    """A stream taken apart.  `t_ms`: see records.EVENTS.  `progress`: (ms, what the server said of its prompt processing)."""
 
     pieces: list[Piece] = field(default_factory=list)
     t_ms: dict[str, float] = field(default_factory=dict)

@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from .checkpoints import View
-from .suite import Case, ServerTable, ToolTurn
+from .suite import Case
+from .suite_tables import ServerTable, ToolTurn
 
 NONCE = {"chat": "[{nonce}] ", "completion": "# {nonce}\n", "infill": "# {nonce}\n"}
 PATHS = {"chat": "/v1/chat/completions", "completion": "/v1/completions"}

@@ -18,7 +18,8 @@ from .artifacts import Finder, Weights, drop_from_page_cache
 from .machine import conditions
 from .meter import memory_mib, tree
 from .plan import Job, Visit
-from .results import Conditions, Launch, Reached, Resources, Session, Trial, Writer
+from .records import Conditions, Launch, Reached, Resources, Session, Trial
+from .results import Writer
 from .servers import NotReady, Server
 from .suite import Suite, Target
 from .trial import Bench, first_token, slot_free

@@ -27,7 +27,7 @@ from llm_daemon.errors import LlmDaemonError
 from .artifacts import Weights
 from .client import Endpoint, get
 from .process import Died, Process, tail
-from .results import Reached
+from .records import Reached
 from .suite import Suite, Target
 from .templates import named
 

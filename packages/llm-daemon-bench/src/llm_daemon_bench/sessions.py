@@ -16,7 +16,8 @@ import msgspec
 
 from . import machine, results, servers
 from .errors import ResultsError, SuiteError
-from .results import Artifact, Results, ServerRef, Session, TargetInfo
+from .records import Artifact, ServerRef, Session, TargetInfo
+from .results import Results
 from .runner import Ready
 from .suite import Suite, Target
 

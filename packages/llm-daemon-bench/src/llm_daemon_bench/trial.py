@@ -15,9 +15,9 @@ import msgspec
 from . import checkpoints, reply as replies
 from .client import Raw, stream
 from .meter import Meter
+from .records import EVENTS, Cache, Check, Reached, Stream, Trial
 from .reply import Reply
 from .requests import Conversation, NoToolCall, fresh_nonce, greeting
-from .results import EVENTS, Cache, Check, Reached, Stream, Trial
 from .servers import Server
 from .suite import Case, Suite, Target
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from llm_daemon_bench.results import ServerRef, ServerTimes, Tokens, Trial
+from llm_daemon_bench.records import ServerRef, ServerTimes, Tokens, Trial
 from llm_daemon_bench.validate import told
 from llm_daemon_bench.validate.agreement import Bound, equal, hold
 

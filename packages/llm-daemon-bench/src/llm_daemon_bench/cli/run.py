@@ -14,7 +14,7 @@ import msgspec
 
 from llm_daemon.cli.words import as_json, count, duration, json_option, quiet_option, subcommand
 
-from .. import results, sessions, suite as suites
+from .. import records, results, sessions, suite as suites
 from ..artifacts import Finder
 from ..display import Display
 from ..errors import MachineError
@@ -92,7 +92,7 @@ def _terminate(*_: Any) -> None:
     sys.exit(143)
 
 
-def _ended(about: results.Session, summary: Summary, lost: dict[str, str], doubts: list[str]) -> results.Session:
+def _ended(about: records.Session, summary: Summary, lost: dict[str, str], doubts: list[str]) -> records.Session:
     notes = [*about.notes, *(f"{name} is not complete: {why}" for name, why in lost.items()), *doubts]
     if summary.out_of_time:
         return msgspec.structs.replace(about, notes=(*notes, "stopped: the time budget was used up"))
@@ -101,7 +101,7 @@ def _ended(about: results.Session, summary: Summary, lost: dict[str, str], doubt
 
 def _tell(
     folder: Path,
-    about: results.Session,
+    about: records.Session,
     summary: Summary,
     lost: dict[str, str],
     ready: dict[str, Ready],

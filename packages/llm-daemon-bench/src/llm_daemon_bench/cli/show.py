@@ -13,8 +13,9 @@ import click
 
 from llm_daemon.cli.words import as_json, clean, duration, json_option, size, subcommand, table
 
-from .. import results, sessions
-from ..results import CaseInfo, Results, Trial
+from .. import records, results, sessions
+from ..records import CaseInfo, Trial
+from ..results import Results
 
 
 @subcommand(
@@ -35,7 +36,7 @@ def command(session: str | None, out: Path, json_: bool) -> None:
     if json_:
         as_json(
             {
-                "session": results.to_json(found.session),
+                "session": records.to_json(found.session),
                 "cells": cells,
                 "lifecycle": lifecycle(found),
                 "broken_lines": found.broken,
@@ -56,10 +57,10 @@ def command(session: str | None, out: Path, json_: bool) -> None:
     if starts := lifecycle(found):
         click.echo("\nlaunches: median milliseconds since the spawn; slot_free since a hang-up")
         rows = [
-            (s["target"], s["n"], *(_ms(s["median_ms"].get(name)) for name in results.LIFECYCLE), s["failed"] or "")
+            (s["target"], s["n"], *(_ms(s["median_ms"].get(name)) for name in records.LIFECYCLE), s["failed"] or "")
             for s in starts
         ]
-        table(("TARGET", "N", *results.LIFECYCLE, "FAILED"), rows)
+        table(("TARGET", "N", *records.LIFECYCLE, "FAILED"), rows)
     for line in failures(found):
         click.echo(clean(line))
 
@@ -123,7 +124,7 @@ def lifecycle(found: Results) -> list[dict[str, Any]]:
     for target in dict.fromkeys(x.target for x in found.launches):
         mine = [x for x in found.launches if x.target == target]
         good = [x for x in mine if x.error is None]
-        points = {name: middle([x.cp[name].ms or math.inf for x in good if name in x.cp]) for name in results.LIFECYCLE}
+        points = {name: middle([x.cp[name].ms or math.inf for x in good if name in x.cp]) for name in records.LIFECYCLE}
         out.append({"target": target, "n": len(mine), "failed": len(mine) - len(good), "median_ms": points})
     return out
 

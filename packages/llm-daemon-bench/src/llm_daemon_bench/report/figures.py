@@ -11,7 +11,7 @@ from .. import cells as cells_, stats
 from ..cells import Cell, Dot, Key
 from ..compare import tell_ms
 from ..recommend import quality_of
-from ..results import Trial
+from ..records import Trial
 from .svg import GUTTER, WIDTH, Axis, Spots, colour, dot, el, label, legend, line, picture, rect, text
 from .tables import View, slowness
 

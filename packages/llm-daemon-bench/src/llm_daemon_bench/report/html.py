@@ -13,8 +13,9 @@ from markupsafe import Markup
 
 from .. import cells as cells_, stats
 from ..compare import tell_ms
+from ..records import Stream, Trial
 from ..reply import Parser
-from ..results import Stream, Trial, read_streams
+from ..results import read_streams
 from . import figures
 from .svg import el
 from .tables import Table, Value, View, advice_lines, case_table, environment, summary, when

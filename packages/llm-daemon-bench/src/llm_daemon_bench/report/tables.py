@@ -14,7 +14,8 @@ from ..cells import START, Cell, Key
 from ..compare import tell_ms
 from ..passes import Passes, passes
 from ..recommend import Advice, recommend, wishes_of
-from ..results import CaseInfo, Results
+from ..records import CaseInfo
+from ..results import Results
 
 FEW_COVER = 0.93  # intervals that cover less say of how few trials they are (five give 93.75 %)
 

@@ -19,7 +19,7 @@ from llm_daemon.engines.base import Location, usable_cores
 from llm_daemon.engines.registry import Registry
 from llm_daemon.errors import LlmDaemonError
 
-from .. import results, sessions, suite as suites
+from .. import records, results, sessions, suite as suites
 from ..artifacts import Finder
 from ..runner import Runner, prepare
 from . import told
@@ -81,7 +81,7 @@ def here() -> dict[str, str]:
     return {name: where.argv[0] for name, where in found.items() if isinstance(where, Location)}
 
 
-def measure(engines: Sequence[str], model: str, threads: int, trials: int = TRIALS) -> tuple[list[results.Trial], str]:
+def measure(engines: Sequence[str], model: str, threads: int, trials: int = TRIALS) -> tuple[list[records.Trial], str]:
     """(trials of one launch of each engine, path of the weights).  Raises LlmDaemonError if none ran."""
     servers = "".join(SERVER.format(engine=e, threads=threads) for e in engines)
     text = SUITE.format(

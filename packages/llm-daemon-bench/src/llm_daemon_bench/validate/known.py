@@ -9,8 +9,9 @@ from pathlib import Path
 
 from .. import checkpoints, reply as replies, suite as suites
 from ..client import Endpoint, Raw, stream
+from ..records import Reached
 from ..requests import Conversation
-from ..results import Reached
+from ..suite_tables import ServerTable
 from ..testing.script import Script, Truth
 from ..testing.scripted import ScriptedServer
 from .agreement import Bound, Line, equal, hold
@@ -96,7 +97,7 @@ KNOWN = (
 )
 
 
-def cases(known: Sequence[Known], max_tokens: int = 100) -> tuple[suites.ServerTable, list[suites.Case]]:
+def cases(known: Sequence[Known], max_tokens: int = 100) -> tuple[ServerTable, list[suites.Case]]:
     """The suite that asks for these scripts, read as any suite is."""
     parts = ['[suite]\nname = "known"\n[[server]]\nid = "s"\nattach = "http://127.0.0.1"\ntimings = "llamacpp"\n']
     for i, one in enumerate(known):
@@ -109,7 +110,7 @@ def cases(known: Sequence[Known], max_tokens: int = 100) -> tuple[suites.ServerT
     return suite.targets[0].server, list(suite.cases)
 
 
-def ask(server: ScriptedServer, table: suites.ServerTable, case: suites.Case, model: str) -> Seen:
+def ask(server: ScriptedServer, table: ServerTable, case: suites.Case, model: str) -> Seen:
     """One request, by the same path as a trial's."""
     path, body = Conversation(case, table, model).next(1)
     raw = stream(Endpoint.of(server.base_url), path, body, stall_s=30)

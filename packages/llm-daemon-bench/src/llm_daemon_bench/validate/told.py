@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Sequence
 
-from ..results import Trial
+from ..records import Trial
 from .agreement import Bound, Line, hold
 
 STEP = "V1"
