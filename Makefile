@@ -8,6 +8,7 @@ HERE := $(shell pwd)
 PINS := requirements/dev.txt
 PACKAGES := packages/llm-daemon packages/llm-daemon-bench
 SETUP_FROM := $(PINS) $(PACKAGES:=/pyproject.toml)
+WORKERS ?= 2
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
@@ -20,7 +21,7 @@ endif
 help:
 	@echo 'make setup   .venv with everything pinned (all others do this by themselves)'
 	@echo 'make run     ask the starter model a question'
-	@echo 'make check   format, lint, types and the tests of each package'
+	@echo 'make check   format, lint, types and the tests of the core: what takes a minute or two'
 	@echo 'make test    everything that must pass, real engine included'
 	@echo 'make llama-server   build llama.cpp programs for tests and benchmarks (some minutes, once)'
 	@echo 'make soak    the tests that take minutes'
@@ -54,12 +55,12 @@ check: $(STAMP)
 	@$(BIN)/ruff format --check --quiet --output-format concise || { echo 'not formatted: make format' >&2; exit 1; }
 	@$(BIN)/ruff check --quiet
 	@$(BIN)/mypy --no-error-summary
-	@$(BIN)/pytest -m 'not slow and not real' packages
+	@$(BIN)/pytest packages/llm-daemon/tests/core
 
-# A llama-server that was built before is tested too.
+# A llama-server that was built before is tested too.  Most tests wait for processes, so two at a time cost little more.
 test: $(STAMP)
 	@LLM_DAEMON_TEST_LLAMA_SERVER="$${LLM_DAEMON_TEST_LLAMA_SERVER:-$$($(BIN)/python tools/build_llama_server.py --path)}" \
-	  $(BIN)/pytest -m 'not slow'
+	  $(BIN)/pytest -m 'not slow' -n $(WORKERS) --dist worksteal
 
 llama-server: $(STAMP)
 	@$(BIN)/python tools/build_llama_server.py

@@ -23,6 +23,7 @@ from ..paths import runtime_dir
 
 TYPE_CHECKING = False  # the typing module costs more than everything here
 if TYPE_CHECKING:
+    import subprocess
     from typing import Any, NoReturn
 
 DEADLINE = 20.0  # seconds for the whole of `ensure`
@@ -104,17 +105,21 @@ def ensure(
     except OSError as e:
         if isinstance(e, errors.LlmDaemonError):
             raise
-        if e.errno in (errno.EMFILE, errno.ENFILE, errno.ENOMEM):
-            raise errors.Unavailable(
-                f"cannot reach the daemon: {e.strerror}", code="no_resources",
-                hint="close something, or raise the limit: ulimit -n" if e.errno != errno.ENOMEM else "",
-            ) from None  # fmt: skip
-        raise errors.UsageError(
-            f"cannot reach the daemon in {door.dir}: {e.strerror or e}", hint="`llm-daemon doctor` looks for the cause"
-        ) from None
+        raise _unreachable(e, door.dir) from None
     finally:
         if lock is not None:
             _let_go(lock)
+
+
+def _unreachable(e: OSError, folder: str) -> errors.LlmDaemonError:
+    if e.errno in (errno.EMFILE, errno.ENFILE, errno.ENOMEM):
+        return errors.Unavailable(
+            f"cannot reach the daemon: {e.strerror}", code="no_resources",
+            hint="close something, or raise the limit: ulimit -n" if e.errno != errno.ENOMEM else "",
+        )  # fmt: skip
+    return errors.UsageError(
+        f"cannot reach the daemon in {folder}: {e.strerror or e}", hint="`llm-daemon doctor` looks for the cause"
+    )
 
 
 _starts: set[int] = set()  # START, where we hold it
@@ -330,36 +335,14 @@ def spawn(until: float) -> tuple[errors.LlmDaemonError | None, str]:
     """
     with importing:
         import select
-        import subprocess
 
-    boot = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "daemon", "boot.py")
-    env = {k: v for k, v in os.environ.items() if k in _ENV_NAMES or (k.startswith(_ENV_PREFIXES) and k != "NVIDIA_API_KEY")}
-    env["LLM_DAEMON_RUNTIME_DIR"] = runtime_dir()
     r, w = os.pipe()
     try:
         try:
-            launcher = subprocess.Popen(
-                [python(), "-I", "-S", boot, str(w)],
-                close_fds=True, pass_fds=(w,), start_new_session=True, cwd="/", env=env,
-                stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-            )  # fmt: skip
-        except OSError as e:
-            if e.errno in (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EAGAIN):
-                raise
-            raise errors.UsageError(
-                f"cannot run {python()}: {e.strerror}", code="no_python", hint="check LLM_DAEMON_PYTHON"
-            ) from None
+            launcher = _launch(w)
         finally:
             os.close(w)
         deadline = min(time.monotonic() + VERDICT_WAIT, until)
-
-        def reap() -> None:  # it has nothing left to do but end; somebody may have stopped it
-            try:
-                launcher.wait(max(0.1, deadline - time.monotonic()))
-            except subprocess.TimeoutExpired:
-                launcher.kill()
-                launcher.wait()
-
         said = b""
         # Never wait for EOF alone: a fork of the host may hold a copy of the pipe's other end.
         while b"\n" not in said:
@@ -372,16 +355,48 @@ def spawn(until: float) -> tuple[errors.LlmDaemonError | None, str]:
                 ), "no report in time"  # fmt: skip
             data = os.read(r, 65536)
             if not data:
-                reap()
-                if launcher.returncode:
-                    return _failed(f"it ended with status {launcher.returncode}")
+                if status := _reap(launcher, deadline):
+                    return _failed(f"it ended with status {status}")
                 return _failed("it ended without a report", VANISHED)
             said += data
-        reap()
+        _reap(launcher, deadline)
         fp("verdict_read")
         return _verdict(said.split(b"\n")[0].decode(errors="replace"))
     finally:
         os.close(r)
+
+
+def _launch(w: int) -> subprocess.Popen[bytes]:
+    """The launcher; `w` is where it reports."""
+    with importing:
+        import subprocess
+
+    boot = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "daemon", "boot.py")
+    env = {k: v for k, v in os.environ.items() if k in _ENV_NAMES or (k.startswith(_ENV_PREFIXES) and k != "NVIDIA_API_KEY")}
+    env["LLM_DAEMON_RUNTIME_DIR"] = runtime_dir()
+    try:
+        return subprocess.Popen(
+            [python(), "-I", "-S", boot, str(w)],
+            close_fds=True, pass_fds=(w,), start_new_session=True, cwd="/", env=env,
+            stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        )  # fmt: skip
+    except OSError as e:
+        if e.errno in (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EAGAIN):
+            raise
+        raise errors.UsageError(
+            f"cannot run {python()}: {e.strerror}", code="no_python", hint="check LLM_DAEMON_PYTHON"
+        ) from None
+
+
+def _reap(launcher: subprocess.Popen[bytes], deadline: float) -> int:
+    """Its exit status.  It has nothing left to do but end; somebody may have stopped it."""
+    with importing:
+        import subprocess
+    try:
+        return launcher.wait(max(0.1, deadline - time.monotonic()))
+    except subprocess.TimeoutExpired:
+        launcher.kill()
+        return launcher.wait()
 
 
 def _verdict(words: str) -> tuple[errors.LlmDaemonError | None, str]:
