@@ -36,6 +36,28 @@ def test_vllm_listens_on_a_unix_socket_and_asks_nobody_outside() -> None:
     assert not plan.deaf
 
 
+VLLM_FAILS = """\
+(Worker pid=79) ERROR 11-26 00:51:23 [multiproc_executor.py:953]     with safe_open(st_file, framework="pt") as f:
+(Worker pid=79) ERROR 11-26 00:51:23 [multiproc_executor.py:953] {cause}
+(EngineCore pid=41) ERROR 11-26 00:51:27 [core.py:1510] EngineCore failed to start.
+(EngineCore pid=41) ERROR 11-26 00:51:27 [core.py:1510] Exception: WorkerProc initialization failed due to an exception in a \
+background process. See stack trace for root cause.
+    raise RuntimeError(
+RuntimeError: Engine core initialization failed. See root cause above. Failed core proc(s): {{}}
+"""
+
+
+@pytest.mark.parametrize(
+    ("cause", "kind"),
+    [
+        ("safetensors._safetensors_rust.SafetensorError: Error while deserializing header: incomplete metadata", "bad_model"),
+        ("ValueError: no such thing", "crashed"),
+    ],
+)
+def test_vllm_fails_with_the_words_of_the_process_that_knew(cause: str, kind: str) -> None:
+    assert Vllm().diagnose(1, VLLM_FAILS.format(cause=cause)) == (kind, cause)
+
+
 @pytest.mark.parametrize("adapter", [MlxLm(), Vllm()], ids=lambda a: a.name)
 def test_where_and_what(adapter: Adapter, tmp_path: Path) -> None:
     found = adapter.locate({"path": str(tmp_path / "bin" / "python")})

@@ -269,7 +269,7 @@ class _Asked(asyncio.Protocol):
             raise EngineTimeout(f"it did not answer within {PATIENCE:g} s") from None
 
     def _answers(self) -> bool:
-        return self._heard.startswith(b"HTTP/1.1 200")
+        return self._heard[:5] == b"HTTP/" and self._heard[8:12] == b" 200"  # mlx-lm answers as HTTP/1.0
 
     def _failure(self) -> EngineError:
         line = self._heard.partition(b"\r\n")[0].decode("latin-1")

@@ -6,6 +6,7 @@ Facts: vLLM 0.32, tried with the CPU package.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -25,6 +26,9 @@ ROUTES = frozenset(
         "/detokenize",
     }
 )
+# Each of its processes logs in this form: (Worker pid=7) ERROR 11-26 00:51:23 [multiproc_executor.py:953] ...
+_PREFIX = re.compile(r"^(?:\(\w+ pid=\d+\) )?(?:[A-Z]+ \d\d-\d\d [\d:]{8} \[[\w.]+:\d+\] ?)?", re.MULTILINE)
+_NO_CAUSE = re.compile(r"^.*\bSee (?:root cause above|stack trace for root cause).*$", re.MULTILINE)
 KV_GIB = 1  # of host memory for the cache of keys and values, without a GPU
 _OWNED = {
     "--model": "the model spec",
@@ -84,7 +88,8 @@ class Vllm:
         return _python.refuse(args, _OWNED, _REFUSED)
 
     def diagnose(self, exit_status: int | None, last_words: str) -> tuple[str, str]:
-        return _words.diagnose(exit_status, last_words)
+        """Its last words point to a cause that another of its processes has told."""
+        return _words.diagnose(exit_status, _NO_CAUSE.sub("", _PREFIX.sub("", last_words)))
 
     def plan(self, spec: Spec, where: Location, grant: Grant) -> Plan:
         """On a unix socket, which it takes by flag; a hang-up ends plain requests and streams alike, within 0.1 s."""
