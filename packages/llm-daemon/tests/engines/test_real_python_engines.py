@@ -47,6 +47,7 @@ class TestVllm(EngineConformance):
     adapter = "llm_daemon.engines.vllm:Vllm"
     config = {"path": VLLM or ""}  # noqa: RUF012
     soon = 60.0  # its imports alone take 20 s of CPU time
+    patience = 5.0  # on a CPU one token of a new request takes it up to a second
     args = ("--enforce-eager", "--dtype", "float32")  # without: minutes of compiling, then numbers that a plain CPU lacks
 
     @pytest.fixture

@@ -44,6 +44,9 @@ from .plugin import survivors
 from .running import ALIAS, CHAT, COMPLETIONS, EMBEDDINGS, Running
 from .stand_in import make_adapter
 
+CONTEXT = 1024  # tokens
+ROOM = 900  # of them, for an answer: some engines refuse a request that asks for more than there is
+
 
 def read(path: str) -> bytes:
     return Path(path).read_bytes()
@@ -57,7 +60,7 @@ class EngineConformance:
     # Long enough to be cut short, in words that make a model talk.
     long_request: Mapping[str, Any] = {
         "messages": [{"role": "user", "content": "Write a very long story about a river."}],
-        "max_tokens": 3000,
+        "max_tokens": ROOM,
         "ignore_eos": True,
     }
     short_request: Mapping[str, Any] = {"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 1}
@@ -107,7 +110,7 @@ class EngineConformance:
 
     def planned(self, model: str, *, parallel: int = 1, alias: str = ALIAS, place: tuple[str, int] = ("127.0.0.1", 0)) -> Plan:
         grant = Grant(
-            model, alias, "e.sock", context=1024, parallel=parallel, threads=1, args=self.args, host=place[0], port=place[1],
+            model, alias, "e.sock", context=CONTEXT, parallel=parallel, threads=1, args=self.args, host=place[0], port=place[1],
             key="a-key-of-ours",
         )  # fmt: skip
         return self.engine.plan(Spec(Wish(model), Artifact("file", model, model)), self.where, grant)
@@ -372,7 +375,9 @@ class EngineConformance:
 
         async def main() -> tuple[Plan, dict[str, hangup.HangUps]]:
             async with self.running(model_path, parallel=slots) as engine:
-                return engine.plan, await hangup.measure(engine.process.socket, engine.plan, times=2, natural=self.natural)
+                return engine.plan, await hangup.measure(
+                    engine.process.socket, engine.plan, times=2, natural=self.natural, room=ROOM
+                )
 
         plan, found = asyncio.run(main())
         for kind, ups in found.items():
