@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from llm_daemon.engines.base import Adapter, Grant, Location, Missing, Tcp
+from llm_daemon.engines.base import Adapter, Grant, Location, Missing, Tcp, Weighs
 from llm_daemon.engines.mlx_lm import MlxLm
 from llm_daemon.engines.vllm import Vllm
 from llm_daemon.spec import Artifact, Spec, Wish
@@ -34,6 +35,18 @@ def test_vllm_listens_on_a_unix_socket_and_asks_nobody_outside() -> None:
     assert argv[argv.index("--served-model-name") + 1] == plan.served_id == "m"
     assert plan.env["HF_HUB_OFFLINE"] == "1"
     assert not plan.deaf
+
+
+def test_vllm_needs_more_than_its_weights(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_bytes(b"{}")
+    (tmp_path / "model-1.safetensors").write_bytes(b"w" * 300)
+    (tmp_path / "model-2.safetensors").write_bytes(b"w" * 400)
+    assert isinstance(Vllm(), Weighs)
+    need = Vllm().memory(SPEC, replace(GRANT, model_path=str(tmp_path)))
+    (tmp_path / "model-2.safetensors").unlink()
+    less = Vllm().memory(SPEC, replace(GRANT, model_path=str(tmp_path)))
+    assert need is not None and less == need - 400
+    assert need > 2**31, "three Python processes and a cache"
 
 
 VLLM_FAILS = """\
