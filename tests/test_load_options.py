@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import math
 import os
@@ -123,6 +124,28 @@ def test_a_draft_model_proposes_and_changes_nothing(hold: Callable[..., Lease], 
     drafted = ask(hold(MODEL, draft=small(smollm2, tmp_path)), "/completions", **QUESTION)
     assert drafted["timings"]["draft_n"] > 0
     assert drafted["choices"][0]["text"] == plain["choices"][0]["text"]
+
+
+def test_a_projector_lets_a_model_see(hold: Callable[..., Lease], tmp_path: Path) -> None:
+    lease = hold(MODEL, mmproj=tiny.projector(tmp_path / "eyes.gguf", WIDTH))
+
+    def said(colour: tuple[int, int, int]) -> dict[str, Any]:
+        picture = "data:image/png;base64," + base64.b64encode(tiny.png(colour)).decode()
+        content = [{"type": "text", "text": "What is it?"}, {"type": "image_url", "image_url": {"url": picture}}]
+        messages = [{"role": "user", "content": content}]
+        return ask(lease, "/chat/completions", messages=messages, max_tokens=8, temperature=0)
+
+    red, blue = said((255, 0, 0)), said((0, 0, 255))
+    words = ask(lease, "/chat/completions", messages=[{"role": "user", "content": "What is it?"}], max_tokens=1)
+    assert red["usage"]["prompt_tokens"] == words["usage"]["prompt_tokens"] + tiny.PATCHES**2
+    assert red["choices"][0]["message"]["content"] != blue["choices"][0]["message"]["content"]  # random eyes, but eyes
+    assert said((255, 0, 0))["choices"] == red["choices"]
+
+
+def test_a_model_without_a_projector_says_that_it_cannot_see(hold: Callable[..., Lease]) -> None:
+    picture = {"type": "image_url", "image_url": {"url": "data:image/png;base64,"}}
+    answer = ask(hold(MODEL), "/chat/completions", 500, messages=[{"role": "user", "content": [picture]}])
+    assert "mmproj" in answer["error"]["message"]
 
 
 def small(model: str, folder: Path) -> str:

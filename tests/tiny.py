@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import struct
+import zlib
 from pathlib import Path
 
 import gguf
@@ -18,6 +20,7 @@ WORDS = [
     "\u2581sky",
 ]
 WIDTH, INNER, HEADS, LAYERS, CONTEXT = 64, 128, 4, 2, 512
+PATCHES = 4  # of a picture, along each side
 RANK = gguf.PoolingType.RANK
 
 
@@ -79,6 +82,59 @@ def lora(path: Path, width: int, layers: int, strength: float = 0.5, rank: int =
         out.add_tensor(f"blk.{n}.attn_q.weight.lora_a", rng.normal(0, strength, (rank, width)).astype(np.float32))
         out.add_tensor(f"blk.{n}.attn_q.weight.lora_b", rng.normal(0, strength, (width, rank)).astype(np.float32))
     return _written(out, path)
+
+
+def projector(path: Path, width: int, inner: int = 32, patches: int = PATCHES, layers: int = 2) -> Path:
+    """Eyes for a model of that embedding width (`mmproj`), as LLaVA has them: a square picture becomes `patches`**2 tokens.
+
+    Keys and tensors are those of llama.cpp's tools/mtmd/clip.cpp; of its encoder's layers the last one is not used.
+    """
+    rng = np.random.default_rng(3)
+    side = 8  # pixels of a patch
+    out = gguf.GGUFWriter(path, "clip")
+    out.add_type("mmproj")
+    out.add_name("Tiny eyes")
+    out.add_file_type(gguf.LlamaFileType.ALL_F32)
+    out.add_string("clip.projector_type", "mlp")
+    for name in ("has_vision_encoder", "has_llava_projector", "use_gelu"):
+        out.add_bool(f"clip.{name}", True)
+    sizes = {"image_size": patches * side, "patch_size": side, "embedding_length": inner, "feed_forward_length": inner * 2,
+             "projection_dim": width, "block_count": layers, "attention.head_count": 2}  # fmt: skip
+    for name, number in sizes.items():
+        out.add_uint32(f"clip.vision.{name}", number)
+    out.add_float32("clip.vision.attention.layer_norm_epsilon", 1e-5)
+    for name in ("mean", "std"):
+        out.add_array(f"clip.vision.image_{name}", [0.5, 0.5, 0.5])
+
+    def tensor(name: str, *shape: int) -> None:
+        values = np.ones(shape) if ".ln" in name else rng.normal(0, 0.3, shape)
+        out.add_tensor(name, values.astype(np.float32))
+
+    tensor("v.patch_embd.weight", inner, 3, side, side)
+    tensor("v.position_embd.weight", patches * patches, inner)
+    for n in range(layers):
+        for name in ("attn_q", "attn_k", "attn_v", "attn_out"):
+            tensor(f"v.blk.{n}.{name}.weight", inner, inner)
+        for name in ("ln1", "ln2"):
+            tensor(f"v.blk.{n}.{name}.weight", inner)
+            tensor(f"v.blk.{n}.{name}.bias", inner)
+        tensor(f"v.blk.{n}.ffn_up.weight", inner * 2, inner)
+        tensor(f"v.blk.{n}.ffn_down.weight", inner, inner * 2)
+    for name, rows, columns in (("mm.0", inner, inner), ("mm.2", width, inner)):
+        tensor(f"{name}.weight", rows, columns)
+        tensor(f"{name}.bias", rows)
+    return _written(out, path)
+
+
+def png(colour: tuple[int, int, int], side: int = 8) -> bytes:
+    """A picture of one colour (red, green, blue: 0 to 255), `side` pixels wide and high."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    rows = (b"\0" + bytes(colour) * side) * side
+    head = struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
 
 
 def _written(out: gguf.GGUFWriter, path: Path) -> Path:

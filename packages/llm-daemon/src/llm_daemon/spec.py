@@ -18,6 +18,7 @@ GENERATE, EMBEDDING, RERANK = "generate", "embedding", "rerank"
 MODES = (GENERATE, EMBEDDING, RERANK)
 # Options that not every engine has; all but `mode` name a model that is loaded beside the main one.
 FILES = ("draft", "mmproj", "lora")
+_OWN_AT = ("hf:", "mlc:")  # sources that read what is behind an @ themselves: a revision
 SPECIAL = frozenset({"mode", *FILES})
 _SINGLE = ("engine", "context", "parallel", "gpu_layers", "mode", "draft", "mmproj")  # as they stand in a spec string
 _REPEATED = {"arg": "args", "lora": "lora"}  # there -> field
@@ -63,7 +64,7 @@ class Wish:
         if mark and "=" not in query:  # a file name may have a question mark in it
             base, query = text, ""
         name, at, quant = base.rpartition("@")
-        if not at or "/" in quant:
+        if not at or "/" in quant or base.lower().startswith(_OWN_AT):
             name, quant = base, ""
         if not name.strip():
             raise UsageError(f"no model named in {text!r}", code="bad_spec", hint="name a model, e.g. smollm2-135m")

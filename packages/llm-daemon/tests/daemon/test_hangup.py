@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import os
+import re
 from collections.abc import AsyncIterator, Callable
 from dataclasses import replace
 from pathlib import Path
@@ -120,6 +122,31 @@ def test_an_engine_that_refuses_is_quoted(engine: Start) -> None:
         assert caught.value.code == "not_measured"
         with pytest.raises(EngineError, match="cannot connect"):
             await measured(process, plan)
+
+    asyncio.run(main())
+
+
+def test_an_engine_that_speaks_http_1_0(tmp_path: Path) -> None:
+    """As mlx-lm: Python's own server, whose answers end with the connection."""
+    slot = asyncio.Lock()
+
+    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        head = await reader.readuntil(b"\r\n\r\n")
+        [length] = re.findall(rb"Content-Length: (\d+)", head)
+        tokens = json.loads(await reader.readexactly(int(length)))["max_tokens"]
+        async with slot:
+            writer.write(b"HTTP/1.0 200 OK\r\nContent-Type: text/event-stream\r\n\r\n: keepalive 38/39\n\n")
+            while tokens and not writer.is_closing():
+                writer.write(b"data: {}\n\n")
+                await asyncio.sleep(0.002)
+                tokens -= 1
+        writer.close()
+
+    async def main() -> None:
+        path = str(tmp_path / "e.sock")
+        async with await asyncio.start_unix_server(answer, path):
+            found = await hangup.measure(path, Plan((), path), times=1, natural=1.0)
+        assert found["streaming"].noticed
 
     asyncio.run(main())
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from llm_daemon.engines.base import Adapter, Grant, Location, Missing, Tcp
+from llm_daemon.engines.base import Adapter, Grant, Location, Missing, Tcp, Weighs
 from llm_daemon.engines.mlx_lm import MlxLm
 from llm_daemon.engines.vllm import Vllm
 from llm_daemon.spec import Artifact, Spec, Wish
@@ -34,6 +35,40 @@ def test_vllm_listens_on_a_unix_socket_and_asks_nobody_outside() -> None:
     assert argv[argv.index("--served-model-name") + 1] == plan.served_id == "m"
     assert plan.env["HF_HUB_OFFLINE"] == "1"
     assert not plan.deaf
+
+
+def test_vllm_needs_more_than_its_weights(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_bytes(b"{}")
+    (tmp_path / "model-1.safetensors").write_bytes(b"w" * 300)
+    (tmp_path / "model-2.safetensors").write_bytes(b"w" * 400)
+    assert isinstance(Vllm(), Weighs)
+    need = Vllm().memory(SPEC, replace(GRANT, model_path=str(tmp_path)))
+    (tmp_path / "model-2.safetensors").unlink()
+    less = Vllm().memory(SPEC, replace(GRANT, model_path=str(tmp_path)))
+    assert need is not None and less == need - 400
+    assert need > 2**31, "three Python processes and a cache"
+
+
+VLLM_FAILS = """\
+(Worker pid=79) ERROR 11-26 00:51:23 [multiproc_executor.py:953]     with safe_open(st_file, framework="pt") as f:
+(Worker pid=79) ERROR 11-26 00:51:23 [multiproc_executor.py:953] {cause}
+(EngineCore pid=41) ERROR 11-26 00:51:27 [core.py:1510] EngineCore failed to start.
+(EngineCore pid=41) ERROR 11-26 00:51:27 [core.py:1510] Exception: WorkerProc initialization failed due to an exception in a \
+background process. See stack trace for root cause.
+    raise RuntimeError(
+RuntimeError: Engine core initialization failed. See root cause above. Failed core proc(s): {{}}
+"""
+
+
+@pytest.mark.parametrize(
+    ("cause", "kind"),
+    [
+        ("safetensors._safetensors_rust.SafetensorError: Error while deserializing header: incomplete metadata", "bad_model"),
+        ("ValueError: no such thing", "crashed"),
+    ],
+)
+def test_vllm_fails_with_the_words_of_the_process_that_knew(cause: str, kind: str) -> None:
+    assert Vllm().diagnose(1, VLLM_FAILS.format(cause=cause)) == (kind, cause)
 
 
 @pytest.mark.parametrize("adapter", [MlxLm(), Vllm()], ids=lambda a: a.name)

@@ -188,7 +188,9 @@ def test_the_engine_that_is_asked_for_decides_which_build_it_is(name: str) -> No
 
 def test_models_from_the_hub_and_from_addresses() -> None:
     assert resolve("HF:org/repo:q4_0").model == resolve("hf:org/repo@Q4_0").model == "hf:org/repo:Q4_0"
-    assert refusal("hf:org/repo:Q4_0@Q8_0").code == "unknown_quant"
+    assert refusal("hf:org/repo:Q4_0@Q8_0").code == "bad_spec"
+    tagged = Catalog.load({}).resolve(Wish.of("hf:org/repo@v1", quant="q4_0"))
+    assert tagged == resolve("hf:org/repo@v1:Q4_0") and tagged.model == "hf:org/repo@v1:Q4_0"
     pinned = resolve(f"https://Host/m.gguf#sha256={SHA}?context=512")
     assert pinned.model == f"https://host/m.gguf#sha256={SHA}?context=512" and pinned.artifact.sha256 == SHA
     assert resolve(pinned.model) == pinned

@@ -22,6 +22,8 @@ from llm_daemon.spec import Artifact
 
 from .web import COMMIT, REPO, Bench, Web
 
+OLD = "89abcdef" * 5
+
 
 def sha(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
@@ -230,6 +232,27 @@ def test_offline_the_cache_is_used(bench: Bench, model: bytes, gguf: Callable[..
     error = bench.refused("download_failed", "org/other")
     assert isinstance(error, Unavailable) and "is not in the cache" in error.message
     assert len(bench.hub.seen) == asked
+
+
+@pytest.mark.parametrize("revision", ["v1", "refs/pr/3", OLD])
+def test_at_a_revision(bench: Bench, model: bytes, gguf: Callable[..., bytes], revision: str) -> None:
+    old, name = gguf(), f"{REPO}@{revision}"
+    bench.put("tiny.Q4_0.gguf", model)
+    bench.put("old.Q4_0.gguf", old, f"{REPO}@{OLD}")
+    bench.hub.revisions = {"v1": OLD, "refs/pr/3": OLD}
+    assert bench.fetch(f"{name}:Q4_0").read_bytes() == bench.fetch(name).read_bytes() == old
+    assert bench.fetch().read_bytes() == model, "beside it"
+    bench.hub.stop()
+    assert bench.fetch(f"{name}:old.Q4_0.gguf").read_bytes() == old, "from the hub's cache"
+    assert bench.refused("unknown_quant", f"{name}:Q8_0").hint.startswith(f"write hf:{name}:NAME")
+
+
+def test_a_revision_that_is_not_there(bench: Bench, model: bytes) -> None:
+    bench.put("tiny.Q4_0.gguf", model)
+    error = bench.refused("no_such_repo", f"{REPO}@v2:Q4_0")
+    assert error.message == f"{REPO} has no branch, tag or commit v2"
+    bench.hub.stop()
+    assert f"hf:{REPO}@v2 is not in the cache" in bench.refused("download_failed", f"{REPO}@v2:Q4_0").message
 
 
 def test_a_hub_in_trouble(bench: Bench, model: bytes) -> None:

@@ -9,7 +9,29 @@ from llm_daemon.models import hf
 
 
 @pytest.mark.parametrize(
-    "locator", ["", "repo", "a/b:", "a/b:..", "../b", "a/..", "a/b:../x.gguf", "a/b:c/../x.gguf", "a/b:Q4 K", "a--b/c", "a/b:-x"]
+    "locator",
+    [
+        "",
+        "repo",
+        "a/b:",
+        "a/b:..",
+        "../b",
+        "a/..",
+        "a/b:../x.gguf",
+        "a/b:c/../x.gguf",
+        "a/b:Q4 K",
+        "a--b/c",
+        "a/b:-x",
+        "a/b@",
+        "a/b@v1:",
+        "a/b@../x",
+        "a/b@v1/",
+        "a/b@-x",
+        "a@v1/b",
+        "a/b@v 1",
+        "a/b:Q4_0@v1",
+        "a/b/m.gguf@v1",
+    ],
 )
 def test_names_that_are_refused(locator: str) -> None:
     with pytest.raises(UsageError, match="does not name") as caught:
@@ -20,6 +42,7 @@ def test_names_that_are_refused(locator: str) -> None:
 def test_one_name_in_several_spellings() -> None:
     assert hf.resolve("org/repo:q4_k_m") == hf.resolve("org/repo:Q4_K_M")
     assert hf.resolve("org/repo/m.gguf") == hf.resolve("org/repo:m.gguf")
+    assert hf.resolve("org/repo@q4_k_m") == hf.resolve("org/repo:Q4_K_M") != hf.resolve("org/repo@v1:Q4_K_M")
     assert hf.resolve("org/repo:q4_k_m").quant == "Q4_K_M" and hf.resolve("org/repo:m.gguf").quant is None
 
 

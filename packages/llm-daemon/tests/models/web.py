@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote
 
 import pytest
 
@@ -26,6 +27,7 @@ REPO = "org/Tiny-GGUF"
 
 class Web(ThreadingHTTPServer):
     """Serves `files` (bytes by path), `moved` (another address by path) and `repos` (files by name, by repository).
+    `revisions`: commits by branch or tag; what a repository has at one is in `repos` as `REPO@COMMIT`.
 
     `etags`: by path (of a hub: by name), where it is not made from the bytes.  `sizes`: what the hub says of a file by its
     name, where it lies.  `piece`: the most bytes that a range brings.  `cuts`: how many bytes of the next files are sent
@@ -41,6 +43,7 @@ class Web(ThreadingHTTPServer):
         self.files: dict[str, bytes] = {}
         self.moved: dict[str, str] = {}
         self.repos: dict[str, dict[str, bytes]] = {}
+        self.revisions: dict[str, str] = {}
         self.etags: dict[str, str] = {}
         self.sizes: dict[str, int] = {}
         self.cuts: list[int] = []
@@ -100,31 +103,35 @@ class _Handler(BaseHTTPRequestHandler):
             return self._repo(path.removeprefix("/api/models/"))
         repo, _, rest = path.strip("/").partition("/resolve/")
         if rest and repo in server.repos:
-            return self._resolve(repo, rest.partition("/")[2])
+            return self._resolve(repo, *rest.split("/", 1))
         self._answer(404, b"nothing here", {"X-Error-Code": "EntryNotFound"})
 
     def _repo(self, repo: str) -> None:
-        repo, at, commit = repo.partition("/revision/")
-        if at and commit != COMMIT:
-            return self._answer(404, b"", {"X-Error-Code": "RevisionNotFound"})
+        repo, at, revision = repo.partition("/revision/")
+        commit = self.server.revisions.get(unquote(revision), revision) if at else COMMIT
         if repo not in self.server.repos:
             return self._answer(401, b"", {"X-Error-Code": "RepoNotFound"})
+        if commit != COMMIT and f"{repo}@{commit}" not in self.server.repos:
+            return self._answer(404, b"", {"X-Error-Code": "RevisionNotFound"})
         files = [
             {"rfilename": n, "size": len(d), "lfs": {"sha256": _sha(d), "size": len(d), "pointerSize": 130}}
-            for n, d in self.server.repos[repo].items()
+            for n, d in self._files(repo, commit).items()
         ]
-        body = {"id": repo, "sha": COMMIT, "siblings": files, "private": False, "gated": "auto", "tags": [], "downloads": 0}
+        body = {"id": repo, "sha": commit, "siblings": files, "private": False, "gated": "auto", "tags": [], "downloads": 0}
         self._answer(200, json.dumps(body).encode(), {"Content-Type": "application/json"})
 
-    def _resolve(self, repo: str, name: str) -> None:
+    def _files(self, repo: str, commit: str) -> dict[str, bytes]:
+        return self.server.repos[repo if commit == COMMIT else f"{repo}@{commit}"]
+
+    def _resolve(self, repo: str, commit: str, name: str) -> None:
         server = self.server
         if repo in server.gated and self.headers["Authorization"] != f"Bearer {server.token}":
             status = 403 if self.headers["Authorization"] else 401
             return self._answer(status, b"", {"X-Error-Code": "GatedRepo", "X-Error-Message": "accept first"})
-        if (data := server.repos[repo].get(name)) is None:
-            return self._answer(404, b"", {"X-Error-Code": "EntryNotFound", "X-Repo-Commit": COMMIT})
+        if (data := self._files(repo, commit).get(name)) is None:
+            return self._answer(404, b"", {"X-Error-Code": "EntryNotFound", "X-Repo-Commit": commit})
         told = {
-            "X-Repo-Commit": COMMIT,
+            "X-Repo-Commit": commit,
             "X-Linked-Etag": server.etags.get(name, f'"{_sha(data)}"'),
             "X-Linked-Size": str(server.sizes.get(name, len(data))),
         }

@@ -29,7 +29,7 @@ from .upstream import LET_GO
 ROUTE = "/v1/chat/completions"
 STREAMING, ASSEMBLED, PLAIN = "streaming", "non-streaming", "plain"
 KINDS = (STREAMING, ASSEMBLED, PLAIN)
-COMPANY_TOKENS = 4000  # longer than a measurement; an engine may end it earlier, where the context is full
+COMPANY_TOKENS = 4000  # longer than a measurement; some engines end it where the context is full, vLLM refuses what has no room
 SAMPLE_TOKENS = 32  # from which the length of a victim is found
 LEAD = 0.1  # seconds until a request that says nothing certainly runs, and until the probe certainly waits
 SPREAD = 1.0  # seconds over which hang-ups of silent requests are spread: llama.cpp looks for them once a second
@@ -80,20 +80,22 @@ class HangUps:
 
 
 async def measure(
-    path: str, plan: Plan, *, times: int = 5, natural: float = 4.0, on_step: Callable[[str], None] = lambda kind: None
-) -> dict[str, HangUps]:
+    path: str, plan: Plan, *, times: int = 5, natural: float = 4.0, room: int = COMPANY_TOKENS,
+    on_step: Callable[[str], None] = lambda kind: None,
+) -> dict[str, HangUps]:  # fmt: skip
     """`times` hang-ups of each of `KINDS` at the ready engine at the address `path`, which nobody else uses meanwhile.
 
     `streaming`; `non-streaming` as the gateway asks, which is as a stream where the plan has the route in `assembled`; and
-    `plain`, as the client would ask itself.  `natural`: seconds that a victim lives undisturbed.  `on_step` hears each kind
-    when it begins.  Takes some seconds for each kind, and `times * natural` for one whose hang-up nobody notices.
+    `plain`, as the client would ask itself.  `natural`: seconds that a victim lives undisturbed, or fewer where `room`, the
+    most tokens that may be asked for, are sooner written.  `on_step` hears each kind when it begins.  Takes some seconds for
+    each kind, and `times * natural` for one whose hang-up nobody notices.
 
     Raises EngineError (`not_measured`) if the engine does not answer as it should, or serves more at once than `plan.slots`;
     EngineTimeout if it does not answer at all.  Cancelling closes all connections.  Afterwards end the engine: one that does
     not notice hang-ups is still at work.
     """
     async with AsyncExitStack() as stack:
-        bench = _Bench(path, plan, natural, stack)
+        bench = _Bench(path, plan, natural, room, stack)
         await bench.prepare()
         done: dict[str, HangUps] = {}
         for kind, body in bench.bodies().items():
@@ -110,8 +112,8 @@ def _body(tokens: int, **more: object) -> bytes:
 class _Bench:
     """One engine with its company, and what is known of its speed."""
 
-    def __init__(self, path: str, plan: Plan, natural: float, stack: AsyncExitStack) -> None:
-        self._path, self._plan, self._natural, self._stack = path, plan, natural, stack
+    def __init__(self, path: str, plan: Plan, natural: float, room: int, stack: AsyncExitStack) -> None:
+        self._path, self._plan, self._natural, self._room, self._stack = path, plan, natural, room, stack
         self._company: list[_Asked] = []
         self._normal = 0.0  # seconds to a probe's first token when a slot is free
         self._tokens = SAMPLE_TOKENS  # of a victim
@@ -126,8 +128,9 @@ class _Bench:
         self._normal = median(took[1:])  # the first one has the prompt still to read
         async with self._ask(_body(SAMPLE_TOKENS, stream=True), last=True) as sample:
             first = await sample.first_token()
-            pace = (await sample.end() - first) / (SAMPLE_TOKENS - 1)
-        self._tokens = max(SAMPLE_TOKENS, min(COMPANY_TOKENS, int(self._natural / max(pace, 1e-6))))
+            pace = max((await sample.end() - first) / (SAMPLE_TOKENS - 1), 1e-6)
+        self._tokens = max(SAMPLE_TOKENS, min(self._room, int(self._natural / pace)))
+        self._natural = min(self._natural, self._tokens * pace)
 
     def bodies(self) -> dict[str, bytes]:
         """What is asked of the engine for each kind; without `plain` where that is no different."""
@@ -150,7 +153,7 @@ class _Bench:
         """Company in all slots but one."""
         self._company = [asked for asked in self._company if not asked.gone]
         while len(self._company) < self._plan.slots - 1:
-            asked = await self._stack.enter_async_context(self._ask(_body(COMPANY_TOKENS, stream=True), last=True))
+            asked = await self._stack.enter_async_context(self._ask(_body(self._room, stream=True), last=True))
             await asked.first_token()
             self._company.append(asked)
 
@@ -269,7 +272,7 @@ class _Asked(asyncio.Protocol):
             raise EngineTimeout(f"it did not answer within {PATIENCE:g} s") from None
 
     def _answers(self) -> bool:
-        return self._heard.startswith(b"HTTP/1.1 200")
+        return self._heard[:5] == b"HTTP/" and self._heard[8:12] == b" 200"  # mlx-lm answers as HTTP/1.0
 
     def _failure(self) -> EngineError:
         line = self._heard.partition(b"\r\n")[0].decode("latin-1")

@@ -61,6 +61,9 @@ class RotatingLog:
             os.unlink(self.path)
 
 
+SHOWN = 8192  # bytes of an engine's last words that people are shown
+
+
 class Tail:
     """The last `limit` bytes of what was fed, for error messages.
 
@@ -69,9 +72,11 @@ class Tail:
     >>> tail.feed(b" memory\\n")
     >>> tail.text()
     'error: no memory'
+    >>> tail.text(limit=9)
+    'o memory'
     """
 
-    def __init__(self, limit: int = 8192) -> None:
+    def __init__(self, limit: int = 4 * SHOWN) -> None:
         self.limit = limit
         self._data = bytearray()
         self._cut = False
@@ -83,10 +88,11 @@ class Tail:
             self._cut = True
             del self._data[: -self.limit]
 
-    def text(self) -> str:
-        """Whole lines: the first one is left out if it was cut (and is not the only one); bad UTF-8 is replaced."""
-        data = bytes(self._data)
-        if self._cut:
+    def text(self, limit: int = SHOWN) -> str:
+        """Whole lines, of the last `limit` bytes: the first one is left out if it was cut (and is not the only one); bad UTF-8
+        is replaced."""
+        data = bytes(self._data[-limit:])
+        if self._cut or len(data) < len(self._data):
             _, _, rest = data.partition(b"\n")
             data = rest or data
         return data.decode(errors="replace").strip("\n")

@@ -81,7 +81,7 @@ def failure(process: EngineProcess, adapter: Adapter, how: str = "") -> LlmDaemo
     """The error for an engine that ended by itself, or failed as `how` says, in its own words."""
     exit = process.exit
     status = None if exit is None else exit.status if exit.signal is None else -exit.signal
-    kind, line = adapter.diagnose(status, process.last_words())
+    kind, line = adapter.diagnose(status, process.heard())
     details = _details(process)
     if kind == BAD_MODEL:
         return UsageError(

@@ -204,6 +204,10 @@ class EngineProcess:
         """The last lines of the engine's output, at most 8 KiB."""
         return self._tail.text()
 
+    def heard(self) -> str:
+        """As `last_words`, of 32 KiB: what made an engine of several processes fail may be followed by as many tracebacks."""
+        return self._tail.text(self._tail.limit)
+
     @property
     def lost_keeper(self) -> bool:
         """Whether it ended because its keeper did: no fault of the engine's."""

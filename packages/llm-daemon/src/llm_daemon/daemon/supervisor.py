@@ -435,7 +435,7 @@ class Supervisor:
     def _death(self, live: Live, process: EngineProcess, exit: Exit) -> errors.EngineError:
         status = exit.status if exit.signal is None else -exit.signal
         try:
-            _, line = self.registry.get(live.engine).diagnose(status, process.last_words())
+            _, line = self.registry.get(live.engine).diagnose(status, process.heard())
         except Exception:
             log.exception("the adapter of %s failed", live.engine)
             line = ""

@@ -69,6 +69,12 @@ def accepts(path: str) -> str | None:
     return None
 
 
+def weights(path: str) -> int:
+    """Bytes of the safetensors in a folder."""
+    with os.scandir(path) as entries:
+        return sum(entry.stat().st_size for entry in entries if entry.name.endswith(".safetensors"))
+
+
 def refuse(args: Sequence[str], owned: Mapping[str, str], refused: Mapping[str, str]) -> str | None:
     """See base.Adapter.  `owned`: flag -> the option that does the same; `refused`: flag -> why it is not passed on.
 

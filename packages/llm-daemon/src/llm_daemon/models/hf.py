@@ -1,5 +1,5 @@
 """Source `hf`: a repository on the Hugging Face hub, or on a server that speaks its API (`HF_ENDPOINT`): GGUF files of it,
-or the whole of one with safetensors (snapshot.py)."""
+or the whole of one with safetensors (snapshot.py); as it is when it is fetched, or at a revision: a branch, tag or commit."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 _NAME = r"[A-Za-z0-9_][A-Za-z0-9._-]*"
 _REPO = rf"{_NAME}/{_NAME}"
 _LOCATOR = re.compile(rf"({_REPO})(?:[:/](.+))?")
+_REVISION = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._/-]{,250}")
 _QUANT = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 _FILE = re.compile(rf"(?:{_NAME}/)*{_NAME}\.gguf", re.IGNORECASE)
 _SHARD = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.gguf", re.IGNORECASE)
@@ -27,29 +28,40 @@ _LISTED = 40  # names in an error; the largest repositories have some thirty qua
 
 
 def _bad(locator: str) -> UsageError:
-    hint = "write hf:ORG/REPO:QUANT, e.g. hf:org/repo:Q4_K_M, or hf:ORG/REPO:FILE.gguf"
+    hint = "write hf:ORG/REPO:QUANT, e.g. hf:org/repo:Q4_K_M, or hf:ORG/REPO:FILE.gguf, or hf:ORG/REPO@REVISION:QUANT"
     return UsageError(f"hf:{locator} does not name a repository's model", code="bad_spec", hint=hint)
 
 
-def parse(locator: str) -> tuple[str, str]:
-    """(repository, quantization or file or empty).
+def parse(locator: str) -> tuple[str, str | None, str]:
+    """(repository, revision, quantization or file or empty).
 
     >>> parse("org/repo:q4_k_m"), parse("org/repo/sub/m.gguf"), parse("org/repo")
-    (('org/repo', 'Q4_K_M'), ('org/repo', 'sub/m.gguf'), ('org/repo', ''))
+    (('org/repo', None, 'Q4_K_M'), ('org/repo', None, 'sub/m.gguf'), ('org/repo', None, ''))
+    >>> parse("org/repo@v1:q4_k_m"), parse("org/repo@refs/pr/3"), parse("org/repo@Q4_K_M")  # the last as in catalog names
+    (('org/repo', 'v1', 'Q4_K_M'), ('org/repo', 'refs/pr/3', ''), ('org/repo', None, 'Q4_K_M'))
 
     Raises UsageError (`bad_spec`).
     """
-    match = _LOCATOR.fullmatch(locator.strip())
-    if not match or not is_repository(match[1]):
+    base, at, rest = locator.strip().partition("@")
+    revision, colon, wanted = rest.partition(":")  # git allows no colon in a revision
+    if not at:
+        match = _LOCATOR.fullmatch(base)
+        base, wanted = (match[1], match[2] or "") if match else ("", "")
+    elif not colon and (_LABEL.fullmatch(revision) or revision.upper() == FOLDER):
+        revision, wanted = "", revision
+    elif not _is_revision(revision) or (colon and not wanted):
         raise _bad(locator)
-    wanted = match[2] or ""
-    if wanted.lower().endswith(".gguf"):
-        if not _FILE.fullmatch(wanted):
-            raise _bad(locator)
-        return match[1], wanted
-    if wanted and not _QUANT.fullmatch(wanted):
+    if not is_repository(base):
         raise _bad(locator)
-    return match[1], wanted.upper()
+    is_file = wanted.lower().endswith(".gguf")
+    if wanted and not (_FILE if is_file else _QUANT).fullmatch(wanted):
+        raise _bad(locator)
+    return base, revision or None, wanted if is_file else wanted.upper()
+
+
+def _is_revision(text: str) -> bool:
+    """Whether git, the hub and a folder's name could all be called that."""
+    return _REVISION.fullmatch(text) is not None and not re.search(r"\.\.|//|/$|\.lock$", text)
 
 
 def is_repository(text: str) -> bool:
@@ -61,11 +73,15 @@ def is_repository(text: str) -> bool:
 
 
 def resolve(locator: str) -> Artifact:
-    """The artifact for `org/repo[:quant-or-file]`; which file that is, is found out when it is fetched."""
-    repo, wanted = parse(locator)
-    locator = f"{repo}:{wanted}" if wanted else repo
+    """The artifact for `org/repo[@revision][:quant-or-file]`; which file that is, is found out when it is fetched."""
+    repo, revision, wanted = parse(locator)
+    locator = at(repo, revision) + (f":{wanted}" if wanted else "")
     quant = wanted if wanted and not wanted.lower().endswith(".gguf") else None
     return Artifact("hf", locator, f"hf:{locator}", quant=quant)
+
+
+def at(repo: str, revision: str | None) -> str:
+    return f"{repo}@{revision}" if revision else repo
 
 
 def label(file: str) -> str:
@@ -143,5 +159,5 @@ def deliver(delivery: Delivery) -> None:
     """Puts the files into the hub's own cache, and links to them into the store."""
     from .hub import deliver_from_hub  # brings the hub's client: worker only
 
-    repo, wanted = parse(delivery.artifact.locator)
-    deliver_from_hub(delivery, repo, lambda sizes: choose(repo, sizes, wanted))
+    repo, revision, wanted = parse(delivery.artifact.locator)
+    deliver_from_hub(delivery, repo, lambda sizes: choose(at(repo, revision), sizes, wanted), revision)

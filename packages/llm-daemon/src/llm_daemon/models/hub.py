@@ -68,20 +68,26 @@ class _File:
 
 @dataclass(frozen=True, slots=True)
 class _Asked:
-    """What is asked of the hub: `name` for people, and which of the files (`choose`, see hf.choose), at which commit if not
-    the latest."""
+    """What is asked of the hub: `name` for people, and which of the files (`choose`, see hf.choose), at which revision (a
+    branch, tag or commit) if not the latest."""
 
     name: str
     repo: str
     choose: Callable[[Mapping[str, int | None]], list[str]]
-    commit: str | None
+    revision: str | None
+
+    @property
+    def ref(self) -> str:
+        """The file below `refs` in the cache that says which commit that is."""
+        return self.revision or "main"
 
 
 def deliver_from_hub(
-    delivery: Delivery, repo: str, choose: Callable[[Mapping[str, int | None]], list[str]], commit: str | None = None
+    delivery: Delivery, repo: str, choose: Callable[[Mapping[str, int | None]], list[str]], revision: str | None = None
 ) -> None:
     """Downloads what is not in the cache yet, checks all of it, and gives it to `delivery`: a GGUF file, or else a folder."""
-    asked = _Asked(f"{delivery.artifact.source}:{repo}", repo, choose, commit)
+    name = f"{delivery.artifact.source}:{repo}" + (f"@{revision}" if revision else "")
+    asked = _Asked(name, repo, choose, revision)
     cache = Path(constants.HF_HUB_CACHE)
     delivery.report("resolve", 0, 0, f"asking for {repo}")
     try:
@@ -116,7 +122,7 @@ def _is_gguf(f: _File) -> bool:
 def _fetched(delivery: Delivery, cache: Path, asked: _Asked) -> tuple[list[_File], list[Path]]:
     """The files, and where they are in the cache."""
     repo = asked.repo
-    online = _online(repo, asked.commit)
+    online = _online(repo, asked.revision)
     if online is None:
         return _cached(delivery, cache, asked)
     commit, sizes = online
@@ -131,8 +137,8 @@ def _fetched(delivery: Delivery, cache: Path, asked: _Asked) -> tuple[list[_File
         before += f.size
     # The bytes are there: this only makes the cache's own links to them.
     paths = [Path(hf_hub_download(repo, f.name, revision=f.commit, etag_timeout=_TIMEOUT)) for f in files]
-    if not asked.commit:
-        ref = cache / _folder(repo) / "refs" / "main"
+    if asked.revision != commit:
+        ref = cache / _folder(repo) / "refs" / asked.ref
         ref.parent.mkdir(parents=True, exist_ok=True)
         ref.write_text(commit, "utf-8")
     if lacking := _lacking(asked, paths):
@@ -147,13 +153,13 @@ def _lacking(asked: _Asked, paths: list[Path]) -> list[str]:
         raise bad_weights(f"{asked.name}: {e}") from None
 
 
-def _online(repo: str, commit: str | None) -> tuple[str, dict[str, int | None]] | None:
-    """(commit, sizes in bytes by file name) of a repository as it is now, or was at `commit`.
+def _online(repo: str, revision: str | None) -> tuple[str, dict[str, int | None]] | None:
+    """(commit, sizes in bytes by file name) of a repository as it is now, or at `revision`.
 
     None if the hub is not to be reached.
     """
     try:
-        info = HfApi().model_info(repo, revision=commit, files_metadata=True, timeout=_TIMEOUT)
+        info = HfApi().model_info(repo, revision=revision, files_metadata=True, timeout=_TIMEOUT)
     except (OfflineModeIsEnabled, httpx2.ConnectError, httpx2.TimeoutException):
         return None
     if not re.fullmatch(r"[0-9a-f]{40}", info.sha or ""):
@@ -216,9 +222,9 @@ def _cached(delivery: Delivery, cache: Path, asked: _Asked) -> tuple[list[_File]
     """The files as an earlier download left them; nobody can be asked what is newest."""
     folder = cache / _folder(asked.repo)
     try:
-        commit = asked.commit or (folder / "refs" / "main").read_text("utf-8").strip()
+        commit = (folder / "refs" / asked.ref).read_text("utf-8").strip()
     except OSError:
-        commit = "none"
+        commit = asked.revision or "none"  # nothing refers to a commit
     place = folder / "snapshots" / os.path.basename(commit)
     sizes: dict[str, int | None] = {
         path.relative_to(place).as_posix(): path.stat().st_size for path in place.rglob("*") if path.is_file()
@@ -267,8 +273,10 @@ def _translated(asked: _Asked) -> Iterator[None]:
             f"{asked.name} is given only to people who accepted its terms", code="gated_repo", status=403, hint=hint
         ) from e
     except RevisionNotFoundError as e:
-        hint = "check the commit, or leave it out"
-        raise UsageError(f"{repo} has no commit {asked.commit}", code="no_such_repo", status=404, hint=hint) from e
+        hint = "check it, or leave it out; a quantization is named behind a colon"
+        raise UsageError(
+            f"{repo} has no branch, tag or commit {asked.revision}", code="no_such_repo", status=404, hint=hint
+        ) from e
     except RepositoryNotFoundError as e:
         hint = f"check the name; if it is private, {login}"
         raise UsageError(f"the hub has no {repo}, or does not show it to you", code="no_such_repo", status=404, hint=hint) from e

@@ -44,6 +44,9 @@ from .plugin import survivors
 from .running import ALIAS, CHAT, COMPLETIONS, EMBEDDINGS, Running
 from .stand_in import make_adapter
 
+CONTEXT = 1024  # tokens
+ROOM = 900  # of them, for an answer: some engines refuse a request that asks for more than there is
+
 
 def read(path: str) -> bytes:
     return Path(path).read_bytes()
@@ -57,13 +60,15 @@ class EngineConformance:
     # Long enough to be cut short, in words that make a model talk.
     long_request: Mapping[str, Any] = {
         "messages": [{"role": "user", "content": "Write a very long story about a river."}],
-        "max_tokens": 3000,
+        "max_tokens": ROOM,
         "ignore_eos": True,
     }
     short_request: Mapping[str, Any] = {"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 1}
 
     natural = 3.0  # seconds that requests live whose hang-up is measured, if nobody stops them
     patience = 1.0  # seconds from a hang-up until one token of the next request
+    soon = 5.0  # seconds until a second start on the same address has failed: what its imports take, and a little
+    args: tuple[str, ...] = ()  # extra flags, as a user may give them
 
     @pytest.fixture
     def model_path(self) -> str:
@@ -105,8 +110,9 @@ class EngineConformance:
 
     def planned(self, model: str, *, parallel: int = 1, alias: str = ALIAS, place: tuple[str, int] = ("127.0.0.1", 0)) -> Plan:
         grant = Grant(
-            model, alias, "e.sock", context=1024, parallel=parallel, threads=1, host=place[0], port=place[1], key="a-key-of-ours"
-        )
+            model, alias, "e.sock", context=CONTEXT, parallel=parallel, threads=1, args=self.args, host=place[0], port=place[1],
+            key="a-key-of-ours",
+        )  # fmt: skip
         return self.engine.plan(Spec(Wish(model), Artifact("file", model, model)), self.where, grant)
 
     def needs(self, model: str, *routes: str) -> Plan:
@@ -191,7 +197,7 @@ class EngineConformance:
                 with pytest.raises(LlmDaemonError) as caught:
                     await wait_ready(second.process, second.plan, self.engine)
                 assert caught.value.code == ADDRESS, caught.value.full()
-                assert time.monotonic() - began < 5
+                assert time.monotonic() - began < self.soon
 
         asyncio.run(main())
 
@@ -369,7 +375,9 @@ class EngineConformance:
 
         async def main() -> tuple[Plan, dict[str, hangup.HangUps]]:
             async with self.running(model_path, parallel=slots) as engine:
-                return engine.plan, await hangup.measure(engine.process.socket, engine.plan, times=2, natural=self.natural)
+                return engine.plan, await hangup.measure(
+                    engine.process.socket, engine.plan, times=2, natural=self.natural, room=ROOM
+                )
 
         plan, found = asyncio.run(main())
         for kind, ups in found.items():
@@ -419,7 +427,8 @@ class EngineConformance:
         asyncio.run(main())
 
     def test_daemon_killed_leaves_nothing(self, model_path: str) -> None:
-        with stand_in(self.adapter, self.config, model_path, self.folder / "d", self.generation) as daemon:
+        folder = self.folder / "d"
+        with stand_in(self.adapter, self.config, model_path, folder, self.generation, args=self.args) as daemon:
             assert daemon.stdout is not None
             assert daemon.stdout.readline() == "starting\n"
             assert daemon.stdout.readline().startswith("started ")

@@ -1,7 +1,7 @@
 """A process that stands in for the daemon, so that tests can kill it: starts one engine and waits for its own end.
 
 Run as `python -m llm_daemon.testing.stand_in JSON`, keys `adapter` ("module:Class"), `config`, `model`, `folder`,
-`generation`, `parallel`, `wait` (until ready), `leak` (a forked child keeps every file descriptor open), `box` (false: as
+`generation`, `parallel`, `args`, `wait` (until ready), `leak` (a forked child keeps every file descriptor open), `box` (false: as
 where there are no cgroups).
 Prints `starting`, `started KEEPER ENGINE`, then `ready`.
 """
@@ -41,7 +41,10 @@ async def serve(task: dict[str, Any]) -> None:
     reserved = reserve()
     host, port = reserved.getsockname()
     parallel = task.get("parallel", 1)
-    grant = Grant(model, "stand-in", "e.sock", 512, parallel, threads=1, host=host, port=port, key=os.urandom(16).hex())
+    grant = Grant(
+        model, "stand-in", "e.sock", 512, parallel, threads=1, args=tuple(task.get("args", ())), host=host, port=port,
+        key=os.urandom(16).hex(),
+    )  # fmt: skip
     plan = adapter.plan(Spec(Wish(model), Artifact("file", model, model)), where, grant)
     if not task.get("box", True):
         cgroup.home = lambda: None  # type: ignore[assignment]
