@@ -6,7 +6,7 @@
 
 Prepared are: llama-server and llama-quantize (built once), llama-cpp-python with its own server (built once, in an environment
 of its own), the two models (fetched once), and their quantizations (.cache/matrix).  Let the machine rest while it runs: about
-a quarter of an hour.
+forty minutes.
 """
 
 from __future__ import annotations
