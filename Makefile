@@ -26,7 +26,7 @@ help:
 	@echo 'make llama-server   build llama.cpp programs for tests and benchmarks (some minutes, once)'
 	@echo 'make soak    the tests that take minutes'
 	@echo 'make bench   our own speed, against peers'
-	@echo 'make bench-matrix   three server applications, two models, three quantizations (about 15 minutes, undisturbed)'
+	@echo 'make bench-matrix   three server applications, two models, three quantizations (about 40 minutes, undisturbed)'
 	@echo 'make format  put the code into its form'
 	@echo 'make pins    resolve requirements/dev.txt anew'
 	@echo 'make clean   remove .venv, caches and builds'
