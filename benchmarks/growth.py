@@ -19,8 +19,8 @@ from benchmarks.report import Row, Section, median, percentile
 from llm_daemon import Lease, attach
 
 SLOTS = 2
-ROUNDS = 6
-SETTLED = 3  # rounds until pools and arenas have their size
+ROUNDS = 12
+SETTLED = 8  # rounds until pools and arenas have their size: with 24 rounds the last step up was at the sixth
 PATIENCE = 30.0
 STEP = 0.005  # seconds between two looks at the queue
 SPARE = 1500  # file descriptors for everything that is not the crowd
