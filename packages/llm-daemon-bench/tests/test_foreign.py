@@ -59,6 +59,31 @@ def medians(found: Results) -> dict[str, float]:
     return {f"{target} {key}": cell.median for (target, key), cell in cells.group(found).items()}
 
 
+@pytest.mark.parametrize(
+    ("text", "quant"),
+    [
+        ("qwen2 7B Q4_K - Medium", "Q4_K_M"), ("llama 8B Q3_K - Large", "Q3_K_L"), ("llama 7B IQ2_XXS - 2.0625 bpw", "IQ2_XXS"),
+        ("llama 1B all F32", "F32"),
+    ],
+)  # fmt: skip
+def test_llama_cpp_has_long_names_for_quantizations(tmp_path: Path, text: str, quant: str) -> None:
+    [about] = taken("llama-bench", tmp_path, {**ROW, "model_type": text}).session.targets
+    assert about.quant == quant
+
+
+def test_tokens_behind_different_prompts_are_not_one_case(tmp_path: Path) -> None:
+    first = REPORT["benchmarks"][0]
+    runs = [{**first, "prompt_size": size, "response_size": out} for size in (128, 256) for out in (32, 64)]
+    found = taken("llama-benchy", tmp_path, {**REPORT, "benchmarks": runs})
+    assert {case.id for case in found.session.cases} == {
+        "pp128",
+        "pp256",
+        *(f"pp{n}+tg{m}" for n in (128, 256) for m in (32, 64)),
+    }
+    places = [(t.case, t.round, t.repeat) for t in found.trials]
+    assert len(set(places)) == len(places) == len({t.key for t in found.trials}) == 16
+
+
 @pytest.mark.parametrize("lines", [False, True], ids=["json", "jsonl"])
 def test_llama_bench(tmp_path: Path, lines: bool) -> None:
     found = taken("llama-bench", tmp_path, ROW, GEN, BOTH, lines=lines)

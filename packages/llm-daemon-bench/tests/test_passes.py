@@ -10,10 +10,10 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from llm_daemon_bench.compare import FEW, SAME, Comparison, Side, compare, gate
+from llm_daemon_bench.compare import FEW, SAME, Comparison, Side, _pass, compare, gate
 from llm_daemon_bench.faces import comparison_text, view_json
 from llm_daemon_bench.passes import Passes, passes
-from llm_daemon_bench.recommend import Slo, recommend
+from llm_daemon_bench.recommend import Slo, _judge_pass, recommend
 from llm_daemon_bench.report.tables import View, right
 from llm_daemon_bench.results import Results
 
@@ -119,6 +119,27 @@ def test_the_gate_names_a_question_that_is_answered_wrong_now(tmp_path: Path) ->
         _, good = both(tmp_path / f"t{a.right}", a, b, case)
         assert not [line for line in gate(good) if "pass" in line]
     assert "q0 [warm]: too few different replies to tell (1 and 1, 5 a side" in comparison_text(worse, colour=False)
+
+
+@pytest.mark.parametrize("told", [True, False], ids=["nearly always one reply", "replies without a name"])
+def test_the_gate_lets_one_trial_more_or_less_pass(told: bool) -> None:
+    def passes(hits: int) -> Passes:
+        return Passes("t", "c", "asis", (True,) * hits + (False,) * (18 - hits), ("a",) * 17 + ("b",) if told else None)
+
+    for now, passed in ((17, True), (15, True), (2, False)):
+        row = _pass(passes(18 if not told else 17), passes(now))
+        assert row.verdict == FEW
+        found = Comparison("a", "b", 0.05, True, (row,))
+        assert (gate(found) == []) is passed
+
+
+@pytest.mark.parametrize(
+    ("n", "named", "state", "more"),
+    [(3, True, "undecided", 2), (5, True, "met", 0), (1, True, "undecided", 4), (18, False, "undecided", None)],
+)
+def test_more_trials_are_asked_for_only_where_they_tell(n: int, named: bool, state: str, more: int | None) -> None:
+    judged = _judge_pass(Slo.parse("c:pass>=0.9"), Passes("t", "c", "asis", (True,) * n, ("a",) * n if named else None), False)
+    assert (judged.state, judged.more) == (state, more)
 
 
 def test_reports_say_how_many_replies_there_were(tmp_path: Path) -> None:

@@ -53,6 +53,7 @@ class Row:
     (`Passes.worth`, rounded down), or that of cases.  `p`: after Holm; None if not tested.
     `spread`: logarithm of the factor by which launches of the same thing differ, 0 where there are launches enough.
     `cause`: the largest share of a change of time, see `cells.why`; or why a change that seems large was not called.
+    `is_fact`: a change of passes that is one of this very question, whatever it tells about others.
     """
 
     key: Key
@@ -64,6 +65,7 @@ class Row:
     verdict: Verdict = "no difference shown"
     spread: float = 0.0
     cause: str = ""
+    is_fact: bool = False
 
     @property
     def change(self) -> float:
@@ -149,7 +151,8 @@ def _pass(base: Passes, new: Passes) -> Row:
     """
     row = Row(Key(base.case, base.cache, 1, "pass"), base.rate, new.rate, (int(base.worth), int(new.worth)), verdict=FEW)
     if min(row.n) < LEAST:
-        return row
+        said = [[float(right) for right in side.outcomes] for side in (base, new)]
+        return replace(row, is_fact=base.distinct == new.distinct == 1 or stats.mann_whitney(*said) < 1 - stats.LEVEL)
     hits = [round(side.rate * n) for side, n in zip((base, new), row.n, strict=True)]
     return replace(
         row, verdict=SAME, p=stats.mann_whitney(*([1.0] * h + [0.0] * (n - h) for h, n in zip(hits, row.n, strict=True)))
@@ -208,15 +211,15 @@ def gate(comparison: Comparison) -> list[str]:
     """One line for each reason not to let NEW pass: slower or worse, gone, or too few trials to tell.
 
     The limit is the comparison's threshold.  Where equal replies leave too little to tell, a case that was right more often
-    before is a reason: it is a fact about that question, if not about others.  Cells with one value a launch (lifecycle,
-    first requests) count once there are enough of them.
+    before is a reason if that is a fact about that question, if not about others: one reply each time, or more than chance.
+    Cells with one value a launch (lifecycle, first requests) count once there are enough of them.
     """
     out = []
     for row in comparison.rows:
         if row.verdict in ("slower", "worse"):
             out.append(f"{row.key}: {tell_change(row)}")
         elif row.verdict == FEW and row.key.checkpoint == "pass":
-            if row.base - row.new >= comparison.threshold:
+            if row.is_fact and row.base - row.new >= comparison.threshold:
                 out.append(f"{row.key}: {tell_change(row)}, by {few(row)}")
         elif row.verdict == FEW and row.key.cache != "start":
             out.append(f"{row.key}: {few(row)}")

@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import datetime
@@ -88,9 +90,11 @@ def take(tool: str, path: Path, out: Path) -> tuple[Path, Session]:
         notes=(f"measured by {tool}, imported from {path.name}",),
     )  # fmt: skip
     with Writer(folder) as writer:
+        numbers: Counter[tuple[str, str]] = Counter()  # a tool may measure one thing again beside another
         for test in found.tests:
-            for number, ms in enumerate(test.ms, 1):
-                writer.trial([_trial(session, test, number, ms)])
+            for ms in test.ms:
+                numbers[test.target.id, test.case] += 1
+                writer.trial([_trial(session, test, numbers[test.target.id, test.case], ms)])
         writer.session(session)  # last: a folder without it is no session
     return folder, session
 
@@ -157,7 +161,8 @@ def llama_bench(rows: Any) -> Read:
 
 
 def _llama_bench_target(row: dict[str, Any], varied: list[str]) -> TargetInfo:
-    words = str(row["model_type"]).split()  # architecture, size, quantization, as in `llama 256M Q4_1`
+    # Architecture, size, quantization, as in `llama 256M Q4_1`, `qwen2 7B Q4_K - Medium` or `llama 7B IQ2_XXS - 2.0625 bpw`.
+    words = re.sub(r" - ([SML])(?:mall|edium|arge)$", r"_\1", str(row["model_type"])).partition(" - ")[0].split()
     server = "@".join(["llama-bench", *([",".join(f"{k}={row.get(k)}" for k in varied)] if varied else [])])
     file = Path(row["model_filename"])
     version, quant = f"{row['build_number']} ({row['build_commit']})", words[-1]
@@ -182,6 +187,9 @@ def llama_benchy(report: Any) -> Read:
     target = TargetInfo(id=f"llama-benchy/{model}/as-served", server=server, model=model, quant="as-served")
     tests: list[Measured] = []
     at = _unix(str(report["timestamp"]))
+    many = (
+        len({int(run["prompt_size"]) for run in report["benchmarks"]}) > 1
+    )  # tokens behind one prompt are not those behind another
     for run in report["benchmarks"]:
         depth, at_once = int(run["context_size"]), int(run["concurrency"])
         prompt, out = int(run["prompt_size"]), int(run["response_size"])
@@ -192,7 +200,8 @@ def llama_benchy(report: Any) -> Read:
             tests.append(Measured(target, context + _name(prompt, 0, depth, at_once), "first_token", tuple(first), prompt, at=at))
         if rates:
             each = tuple(1e3 / rate for rate in rates if rate > 0)
-            tests.append(Measured(target, context + _name(0, out, depth, at_once), "ms_a_token", each, out=out, at=at))
+            case = context + _name(prompt if many else 0, out, depth, at_once)
+            tests.append(Measured(target, case, "ms_a_token", each, out=out, at=at))
     return Read(tests, Machine(), at)
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from llm_daemon.errors import UsageError
@@ -237,13 +237,18 @@ def _more(n: int, value: float, span: stats.Interval, limit: float) -> int | Non
 
 def _judge_pass(slo: Slo, seen: Passes, observed: bool) -> Judged:
     """By as many trials as they are worth.  Who always says the same is judged by it: of this case there is no more to learn."""
-    same = seen.distinct == 1 and seen.n >= LEAST
+    same = seen.distinct == 1 and seen.n > 1
     words = (
         "" if seen.distinct in (None, seen.n) else ", always the same reply" if same else f", {seen.distinct} different replies"
     )
-    return _judge_share(
-        slo, f"right {seen.hits} of {seen.n}{words}", seen.rate, seen.worth, observed or same, seen.n / seen.worth
-    )
+    judged = _judge_share(
+        slo, f"right {seen.hits} of {seen.n}{words}", seen.rate, seen.worth, observed or (same and seen.n >= LEAST),
+        seen.n / seen.worth,
+    )  # fmt: skip
+    if judged.state != "undecided" or seen.distinct not in (None, 1):
+        return judged
+    # Of replies without a name more trials show nothing; one that stays the same is believed after LEAST.
+    return replace(judged, more=LEAST - seen.n if seen.distinct == 1 else None)
 
 
 def _judge_share(slo: Slo, said: str, rate: float, n: float, observed: bool, each: float = 1.0) -> Judged:

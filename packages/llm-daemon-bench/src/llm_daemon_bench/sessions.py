@@ -139,7 +139,8 @@ def still(found: Results, session: Session, ready: dict[str, Ready]) -> Session:
 
     Raises ResultsError if a measured one has other weights or another version now: two things would stand under one name.
     """
-    versions = {t.target: t.server.version for t in found.trials} | {x.target: x.server.version for x in found.launches}
+    versions = {t.target: t.server.version for t in found.trials}
+    versions |= {x.target: x.server.version for x in found.launches if x.error is None}  # what never ran may be repaired
     changes: list[str] = []
     targets = []
     for old in session.targets:

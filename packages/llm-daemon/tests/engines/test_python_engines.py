@@ -69,6 +69,10 @@ RuntimeError: Engine core initialization failed. See root cause above. Failed co
 )
 def test_vllm_fails_with_the_words_of_the_process_that_knew(cause: str, kind: str) -> None:
     assert Vllm().diagnose(1, VLLM_FAILS.format(cause=cause)) == (kind, cause)
+    # It does without some of its parts, and says so.
+    noted = '(APIServer pid=7) WARNING 11-26 00:51:23 [interface.py:4] Failed to import: ModuleNotFoundError("No module named x")'
+    noted += "\n"
+    assert Vllm().diagnose(1, noted + VLLM_FAILS.format(cause=cause)) == (kind, cause)
 
 
 @pytest.mark.parametrize("adapter", [MlxLm(), Vllm()], ids=lambda a: a.name)

@@ -189,6 +189,7 @@ def test_the_engine_that_is_asked_for_decides_which_build_it_is(name: str) -> No
 def test_models_from_the_hub_and_from_addresses() -> None:
     assert resolve("HF:org/repo:q4_0").model == resolve("hf:org/repo@Q4_0").model == "hf:org/repo:Q4_0"
     assert refusal("hf:org/repo:Q4_0@Q8_0").code == "bad_spec"
+    assert Catalog.load({}).resolve(Wish.of("hf:org/repo@Q4_0", quant="q8_0")).model == "hf:org/repo:Q8_0", "the later one wins"
     tagged = Catalog.load({}).resolve(Wish.of("hf:org/repo@v1", quant="q4_0"))
     assert tagged == resolve("hf:org/repo@v1:Q4_0") and tagged.model == "hf:org/repo@v1:Q4_0"
     pinned = resolve(f"https://Host/m.gguf#sha256={SHA}?context=512")

@@ -81,6 +81,25 @@ def test_remove(tmp_path: Path, which: Artifact | str) -> None:
     assert store.remove(which) == 0
 
 
+def test_bytes_that_another_model_has_too_stay(tmp_path: Path) -> None:
+    """One file at two revisions of a repository."""
+    store, hub = Store(tmp_path / "store"), tmp_path / "hub"
+    (hub / "blobs").mkdir(parents=True)
+    (hub / "blobs" / "b").write_bytes(b"GGUF")
+    links = []
+    for artifact, commit in ((PINNED, "one"), (UNPINNED, "two")):
+        entry, folder = hub / commit / "m.gguf", store.folder(artifact)
+        entry.parent.mkdir()
+        entry.symlink_to("../blobs/b")
+        put(store, artifact)
+        (folder / "m.gguf").symlink_to(entry)
+        links.append(folder / "m.gguf")
+    store.remove(PINNED)
+    assert not links[0].exists() and links[1].read_bytes() == b"GGUF"
+    store.remove(UNPINNED)
+    assert not (hub / "blobs" / "b").exists()
+
+
 def test_remove_takes_an_unfinished_download_too(tmp_path: Path) -> None:
     store = Store(tmp_path)
     store.folder(PINNED).mkdir(parents=True)

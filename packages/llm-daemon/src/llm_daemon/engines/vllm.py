@@ -28,6 +28,7 @@ ROUTES = frozenset(
 )
 # Each of its processes logs in this form: (Worker pid=7) ERROR 11-26 00:51:23 [multiproc_executor.py:953] ...
 _PREFIX = re.compile(r"^(?:\(\w+ pid=\d+\) )?(?:[A-Z]+ \d\d-\d\d [\d:]{8} \[[\w.]+:\d+\] ?)?", re.MULTILINE)
+_NOTE = re.compile(r"^(?:\(\w+ pid=\d+\) )?(?:DEBUG|INFO|WARNING) \d\d-\d\d .*$", re.MULTILINE)  # of parts it does without
 _NO_CAUSE = re.compile(r"^.*\bSee (?:root cause above|stack trace for root cause).*$", re.MULTILINE)
 KV_GIB = 1  # of host memory for the cache of keys and values, without a GPU
 PROCESSES = 1_750_000_000  # bytes of its three processes, with torch in each: what 3.08 GB leave for SmolLM2-135M
@@ -90,7 +91,7 @@ class Vllm:
 
     def diagnose(self, exit_status: int | None, last_words: str) -> tuple[str, str]:
         """Its last words point to a cause that another of its processes has told."""
-        return _words.diagnose(exit_status, _NO_CAUSE.sub("", _PREFIX.sub("", last_words)))
+        return _words.diagnose(exit_status, _NO_CAUSE.sub("", _PREFIX.sub("", _NOTE.sub("", last_words))))
 
     def memory(self, spec: Spec, grant: Grant) -> int | None:
         """As it is without a GPU; how little of it the host needs beside one is learned from the first load."""

@@ -127,7 +127,7 @@ class Store:
             with self._lock(name, None):
                 freed += _disk(folder)
                 (folder / "model.json").unlink(missing_ok=True)  # first: from here on it is not there
-                _remove_linked(folder)
+                _remove_linked(folder, {link.resolve() for link in _links(folder.parent) if folder not in link.parents})
                 shutil.rmtree(folder)
         return freed
 
@@ -234,14 +234,22 @@ def _parts(first: Path) -> list[Path]:
     return [path for name in names if (path := first.with_name(name)).is_file()]
 
 
-def _remove_linked(folder: Path) -> None:
-    """Removes what the links in `folder` lead to: an entry of the hub's cache is itself a link to the bytes beside it."""
-    for link in list(folder.rglob("*")):
-        if link.is_symlink():
-            entry = link.readlink()
-            blob = entry.parent / entry.readlink() if entry.is_symlink() else entry
-            entry.unlink(missing_ok=True)
-            blob.unlink(missing_ok=True)
+def _links(folder: Path) -> list[Path]:
+    return [path for path in folder.rglob("*") if path.is_symlink()]
+
+
+def _remove_linked(folder: Path, kept: set[Path]) -> None:
+    """Removes what the links in `folder` lead to: an entry of the hub's cache is itself a link to the bytes beside it.
+
+    `kept`: bytes that another model has too, as the same weights at another revision.
+    """
+    for link in _links(folder):
+        if link.resolve() in kept:
+            continue
+        entry = link.readlink()
+        blob = entry.parent / entry.readlink() if entry.is_symlink() else entry
+        entry.unlink(missing_ok=True)
+        blob.unlink(missing_ok=True)
 
 
 def _disk(folder: Path) -> int:
