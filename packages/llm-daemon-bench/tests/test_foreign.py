@@ -26,7 +26,7 @@ ROW = {
 GEN = {**ROW, "n_prompt": 0, "n_gen": 8, "n_depth": 16, "samples_ns": [240000000, 250000000, 260000000]}
 BOTH = {**ROW, "n_gen": 8, "samples_ns": [900000000]}
 # What `llama-benchy --format json` wrote, shortened; `ttfr` is the role's chunk, 200 ms before the first token.
-REPORT = {
+REPORT: dict[str, Any] = {
     "version": "0.4.0", "timestamp": "2026-11-26 00:56:21Z", "latency_mode": "none", "latency_ms": 0.0, "model": "org/steady",
     "prefix_caching_enabled": False, "max_concurrency": 1,
     "benchmarks": [
