@@ -115,6 +115,24 @@ def test_a_target_that_was_missing_may_come_later(write: Write, tmp_path: Path) 
     assert [t.server.version for t in about.targets] == ["b1 (abc)"] * 2 and about.targets[1].artifact is not None
 
 
+def test_a_server_that_never_got_ready_may_be_repaired(write: Write, tmp_path: Path) -> None:
+    path, told = write({"a": {}, "b": {}}, suite=SHORT), tmp_path / "version.txt"
+    first, place, last = path.read_text().rpartition('version = ["true"]')
+    assert place
+    path.write_text(f'{first}version = ["cat", {json.dumps(str(told))}]{last}')
+    told.write_text("version: b1\n")
+    assert bench(path) == 0
+    trials = session().folder / results.TRIALS
+    lines = [json.loads(line) for line in trials.read_bytes().splitlines()]
+    cut_short()
+    kept = [it for it in lines if it["target"] == "a/m0/q"]
+    failed = next(it for it in lines if it["target"] == "b/m1/q" and it["type"] == "launch") | {"key": "failed", "error": "no"}
+    trials.write_text("".join(json.dumps(it) + "\n" for it in [*kept, failed]))
+    told.write_text("version: b2\n")
+    assert bench(path, "--resume") == 0
+    assert {t.server.version for t in session().trials if t.target == "b/m1/q"} == {"b2"}
+
+
 @pytest.mark.parametrize(
     ("args", "changes", "each"),
     [
