@@ -6,8 +6,9 @@ import json
 import os
 from pathlib import Path
 
-import psutil
 import pytest
+
+from llm_daemon.testing.world import wait_gone
 
 from .conftest import Cli
 
@@ -40,4 +41,4 @@ def test_a_day_with_the_command_line(cli: Cli, tmp_path: Path) -> None:
     assert doctor.status == 0, doctor.out + doctor.err
     pids = [state["daemon"]["pid"], instance["pid"], instance["keeper_pid"]]
     assert cli("stop").out == "stopped smollm2-135m\nthe daemon has ended\n"
-    assert [pid for pid in pids if psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE] == []
+    assert all(wait_gone(pid, 5) for pid in pids)  # the keeper ends because the daemon has
