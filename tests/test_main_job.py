@@ -146,9 +146,9 @@ def test_a_forked_child_neither_keeps_nor_ends_the_parents_lease(world: World, q
         f"llm = attach({quick!r})\n"
         "pid = os.fork()\n"
         "if not pid:\n"
-        "    print('child', llm.pid, flush=True)\n"
+        "    os.write(1, b'child %d\\n' % llm.pid)\n"  # in one piece: both write at one time
         "    sys.stdin.readline(); os._exit(0)\n"
-        "llm.close(); print('parent', flush=True); os.waitpid(pid, 0)\n"
+        "llm.close(); os.write(1, b'parent\\n'); os.waitpid(pid, 0)\n"
     )
     child = world.python(code)
     assert child.stdout is not None and child.stdin is not None
