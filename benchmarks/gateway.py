@@ -124,7 +124,7 @@ def _latency(effort: Effort, it: Bench, out: Section) -> None:
     p50 = {way: median(taken) for way, taken in times.items()}
     added = {way: value - p50["direct"] for way, value in p50.items() if way != "direct"}
     add(out, "added to a request, p50", "us", added, count, "nginx", target=1.25, judged="ratio")
-    least = added["floor"]  # docs/adr/0017
+    least = added["floor"]  # docs/adr/0021
     out.rows.append(
         Row("added to a request, p50", "us", added["ours"], count, baseline=least, against="floor", target=3.0, judged="ratio")
     )
