@@ -13,7 +13,7 @@ from typing import Any
 
 from ..errors import UsageError
 from ..spec import FILES, GENERATE, MODES, Artifact, Extra, Spec, Wish, scaled
-from . import file, hf, pypi, sources
+from . import file, pypi, sources
 from .engine import ENGINES
 
 SHIPPED = Path(__file__).with_name("catalog.toml")
@@ -201,6 +201,8 @@ class Catalog:
         if source == "file" and wish.quant and os.path.exists(os.path.expanduser(f"{locator}@{wish.quant}")):
             locator, wish = f"{locator}@{wish.quant}", replace(wish, quant=None)  # an @ in a file's name
         if source == "hf" and wish.quant and not any(mark in locator for mark in (":", ".gguf")):
+            from . import hf  # as sources.py has it: only for those who use it
+
             repo, revision, _ = hf.parse(locator)  # what was asked for later wins over the quantization of an alias
             locator, wish = f"{hf.at(repo, revision)}:{wish.quant}", replace(wish, quant=None)
         if wish.quant:
