@@ -32,6 +32,7 @@ from llm_daemon.engines.base import Location  # noqa: E402
 from llm_daemon.errors import LlmDaemonError  # noqa: E402
 
 LIMIT = 900  # seconds for everything
+STOPS = (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)  # wait outside of measurements, so that what was measured is shown
 Measure = Callable[[Effort, Section], None]
 
 
@@ -66,27 +67,38 @@ def sections(llama_server: str | None = None, model: str = "smollm2-135m") -> di
     }  # fmt: skip
 
 
-class Overdue(BaseException):
-    """The time is over.  No Exception: no measurement may take it for a failure of its own."""
+class Cut(BaseException):
+    """No more is measured, for a `reason`.  No Exception: no measurement may take it for a failure of its own."""
+
+    def __init__(self, reason: str, is_overdue: bool) -> None:
+        super().__init__(reason)
+        self.is_overdue = is_overdue
 
 
-def fill(section: Section, measure: Measure, effort: Effort, deadline: float) -> None:
-    """Measures; what cannot be measured here, or not until `deadline` (monotonic seconds), is a note, and the others go on."""
-    began = time.monotonic()
+def fill(section: Section, measure: Measure, effort: Effort, deadline: float) -> bool:
+    """Measures; what cannot be measured here, or not until `deadline` (monotonic seconds), is a note, and the others go on.
+
+    False: we were told to stop, so that they do not.
+    """
+    began, goes_on = time.monotonic(), True
     try:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPS)
         signal.setitimer(signal.ITIMER_REAL, max(0.001, deadline - began))
         section.busy = busy_percent(effort.pause)
         measure(effort, section)
         section.busy = max(section.busy, busy_percent(effort.pause))
-        signal.setitimer(signal.ITIMER_REAL, 0)
-    except Overdue:
+    except Cut as e:
         section.failed = True
-        section.notes.append(f"not measured in full: the time is over, {LIMIT} s for everything")
+        section.notes.append(f"not measured in full: {e}")
+        goes_on = e.is_overdue
     except (LlmDaemonError, RuntimeError, OSError) as e:
-        signal.setitimer(signal.ITIMER_REAL, 0)
         section.failed = True
         section.notes.append(f"not measured in full: {e.full() if isinstance(e, LlmDaemonError) else e}")
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.pthread_sigmask(signal.SIG_BLOCK, STOPS)
     section.seconds = time.monotonic() - began
+    return goes_on
 
 
 def facts(effort: Effort, llama_server: str | None) -> dict[str, Any]:
@@ -101,10 +113,10 @@ def facts(effort: Effort, llama_server: str | None) -> dict[str, Any]:
 
 
 def give_up(number: int, frame: object) -> NoReturn:
-    """A signal becomes an exception, so that everything is cleared away."""
+    """A signal becomes an exception, so that everything is cleared away, and what was measured is shown."""
     if number == signal.SIGALRM:
-        raise Overdue
-    raise SystemExit(f"stopped by {signal.Signals(number).name}")
+        raise Cut(f"the time is over, {LIMIT} s for everything", is_overdue=True)
+    raise Cut(f"stopped by {signal.Signals(number).name}", is_overdue=False)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -124,7 +136,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     llama_server = options.llama_server or os.environ.get("LLM_DAEMON_TEST_LLAMA_SERVER")
     effort = TINY if options.tiny else QUICK if options.quick else FULL
     own_environment()
-    for number in (signal.SIGALRM, signal.SIGTERM, signal.SIGHUP):
+    signal.pthread_sigmask(signal.SIG_BLOCK, STOPS)
+    for number in (signal.SIGALRM, *STOPS):
         signal.signal(number, give_up)
     deadline = time.monotonic() + LIMIT
 
@@ -136,9 +149,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         if only and name not in only:
             continue
         section = Section(name, title)
-        fill(section, measure, effort, deadline)
+        goes_on = fill(section, measure, effort, deadline)
         show(console, section)
         done.append(section)
+        if not goes_on:
+            break
     judged = [row.met for section in done for row in section.rows if row.met is not None]
     console.print(f"{sum(judged)} of {len(judged)} targets met")
     if options.json:

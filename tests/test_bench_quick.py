@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -135,3 +136,20 @@ def test_an_unknown_section_is_named() -> None:
     )
     assert done.returncode == 2
     assert "nope" in done.stderr
+
+
+def test_who_is_told_to_stop_shows_what_was_measured(short_tmp: Path) -> None:
+    with subprocess.Popen(
+        [sys.executable, str(SCRIPT), "--tiny", "--only", "attach,relay,idle"], env={**os.environ, "TMPDIR": str(short_tmp)},
+        stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    ) as running:  # fmt: skip
+        assert running.stdout is not None
+        seen = ""
+        while "1a. " not in seen:  # shown: the next one runs
+            seen += (line := running.stdout.readline())
+            assert line, seen
+        running.send_signal(signal.SIGTERM)
+        seen += running.stdout.read()
+    assert running.returncode == 75, seen
+    assert "5a. Relay" in seen and "not measured in full: stopped by SIGTERM" in seen
+    assert "6. Memory" not in seen and "Traceback" not in seen
