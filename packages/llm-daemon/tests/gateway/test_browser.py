@@ -44,8 +44,8 @@ async function attempt(name, path, options) {
 </script>"""
 
 
-async def visit(w: World, port: int) -> dict[str, Any]:
-    """Shows a page at `port` to the browser: what came of each attempt."""
+async def visit(w: World, sock: socket.socket) -> dict[str, Any]:
+    """Shows a page, served at a bound socket, to the browser: what came of each attempt."""
     told: asyncio.Future[dict[str, Any]] = asyncio.get_running_loop().create_future()
     page = PAGE.replace("BASE", f"http://127.0.0.1:{w.port}").replace("CHAT", CHAT).replace("TOKEN", TOKEN).encode()
 
@@ -61,9 +61,9 @@ async def visit(w: World, port: int) -> dict[str, Any]:
         writer.close()
 
     assert CHROMIUM is not None
-    server = await asyncio.start_server(serve, "127.0.0.1", port)
+    server = await asyncio.start_server(serve, sock=sock)
     with tempfile.TemporaryDirectory(prefix="llmd-", ignore_cleanup_errors=True) as home:
-        url = f"http://127.0.0.1:{port}/"
+        url = f"http://127.0.0.1:{sock.getsockname()[1]}/"
         quiet = asyncio.subprocess.DEVNULL
         browser = await asyncio.create_subprocess_exec(
             CHROMIUM, *FLAGS, f"--user-data-dir={home}", url, stdin=quiet, stdout=quiet, stderr=quiet
@@ -77,17 +77,10 @@ async def visit(w: World, port: int) -> dict[str, Any]:
             await server.wait_closed()
 
 
-def free_port() -> int:
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        port: int = sock.getsockname()[1]
-        return port
-
-
 def test_a_foreign_page_gets_nothing_even_where_no_token_is_asked_for(world: Any) -> None:
     async def main() -> None:
         async with world(token=None) as w:
-            found = await visit(w, free_port())
+            found = await visit(w, socket.create_server(("127.0.0.1", 0)))
             blind = {"blind get": "opaque", "blind post": "opaque"}  # a page is not told more than that
             assert found == blind | dict.fromkeys(("get", "post", "post with key", "socket"), "refused")
             assert w.engine.calls == [] and w.desk.log.items == []
@@ -97,9 +90,10 @@ def test_a_foreign_page_gets_nothing_even_where_no_token_is_asked_for(world: Any
 
 def test_an_allowed_page_still_needs_the_token(world: Any) -> None:
     async def main() -> None:
-        port = free_port()
-        async with world(token=TOKEN, origins=frozenset({f"http://127.0.0.1:{port}"})) as w:
-            found = await visit(w, port)
+        sock = socket.create_server(("127.0.0.1", 0))
+        origin = f"http://127.0.0.1:{sock.getsockname()[1]}"
+        async with world(token=TOKEN, origins=frozenset({origin})) as w:
+            found = await visit(w, sock)
             assert (found["get"], found["post"], found["post with key"], found["socket"]) == (200, 401, 200, "refused")
             assert [call.body for call in w.engine.calls] == [b'{"model":"m"}']
 

@@ -547,13 +547,22 @@ def test_more_than_the_answer_is_not_relayed(run: Any, world: Any) -> None:
 # -- connections to engines
 
 
-def test_engine_connections_are_reused_and_closed_when_idle(run: Any, world: Any) -> None:
+def test_engine_connections_are_reused(run: Any, world: Any) -> None:
     async def main() -> None:
-        async with world(pool=Pool(keep=2, idle=0.05)) as w:
+        async with world(pool=Pool(keep=2, idle=60)) as w:
             client = await w.client()
             for _ in range(3):
                 await client.ask()
             assert [call.connection for call in w.engine.calls] == [1, 1, 1]
+
+    run(main())
+
+
+def test_engine_connections_are_closed_when_idle(run: Any, world: Any) -> None:
+    async def main() -> None:
+        async with world(pool=Pool(keep=2, idle=0.05)) as w:
+            client = await w.client()
+            await client.ask()
             assert await w.engine.log.until("gone") == 1  # by itself
             await client.ask()
             assert w.engine.calls[-1].connection == 2

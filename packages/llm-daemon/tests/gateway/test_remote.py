@@ -10,8 +10,8 @@ import socket
 import ssl
 import struct
 import subprocess
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager, suppress
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager, suppress
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -61,10 +61,10 @@ def settings(folder: Path, **change: Any) -> Settings:
 @asynccontextmanager
 async def listening(w: World, folder: Path) -> AsyncIterator[int]:
     """The port of a TLS listener beside the world's own two."""
-    sock = remote.bind(settings(folder, tls_port=free_port()))
-    port: int = sock.getsockname()[1]
-    await w.gateway.serve_remote(sock, remote.context(settings(folder)), remote.key(settings(folder)))
-    yield port
+    with own_port() as port:
+        sock = remote.bind(settings(folder, tls_port=port))
+        await w.gateway.serve_remote(sock, remote.context(settings(folder)), remote.key(settings(folder)))
+        yield port
 
 
 async def reach(w: World, folder: Path, port: int, host: str = "box.example") -> Client:
@@ -234,7 +234,7 @@ def test_handshakes_of_every_kind_break_nothing(run: Any, world: Any, made: Path
             client = await reach(w, made, port)
             assert (await client.ask(token=KEY)).status == 200
             await client.close()
-            async with asyncio.timeout(5):
+            async with asyncio.timeout(20):
                 while w.gateway.connections:  # noqa: ASYNC110  (of their end there is no event)
                     await asyncio.sleep(0.001)
             assert len(w.engine.calls) == 1
@@ -271,7 +271,11 @@ def test_nobody_may_shake_hands_twice(run: Any, world: Any, made: Path) -> None:
                 OPENSSL, "s_client", "-connect", f"127.0.0.1:{port}", "-tls1_2", "-CAfile", str(made / "cert.pem"),
                 stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
             )  # fmt: skip
-            out, _ = await process.communicate(b"R\n")
+            assert process.stdin is not None and process.stdout is not None
+            process.stdin.write(b"R\n")
+            out = await process.stdout.read()  # its input stays open: at the end of that it would not wait for our answer
+            process.stdin.close()
+            await process.wait()
             assert b"RENEGOTIATING" in out and b"no renegotiation" in out
             assert (await (await reach(w, made, port)).ask(token=KEY)).status == 200
 
@@ -316,7 +320,8 @@ def test_secrets_that_others_can_read(made: Path, tmp_path: Path) -> None:
             copy.chmod(mode)
             assert "can be read by" in (text := refusal(made, **{name: copy})) and f"chmod 600 {copy}" in text
         copy.chmod(0o600)
-        remote.bind(settings(made, **{name: copy, "tls_port": free_port()})).close()
+        with own_port() as port:
+            remote.bind(settings(made, **{name: copy, "tls_port": port})).close()
 
 
 @needs_openssl
@@ -330,8 +335,8 @@ def test_keys_that_can_be_guessed(made: Path, tmp_path: Path, text: str) -> None
 
 @needs_openssl
 def test_a_port_that_is_taken(made: Path) -> None:
-    with remote.bind(settings(made, tls_port=free_port())) as first, pytest.raises(Unavailable, match="cannot be used"):
-        remote.bind(settings(made, tls_port=first.getsockname()[1]))
+    with own_port() as port, remote.bind(settings(made, tls_port=port)), pytest.raises(Unavailable, match="cannot be used"):
+        remote.bind(settings(made, tls_port=port))
 
 
 def test_no_other_address_without_tls(tmp_path: Path) -> None:
@@ -342,8 +347,10 @@ def test_no_other_address_without_tls(tmp_path: Path) -> None:
         remote.bind(Settings.load({"LLM_DAEMON_TLS_HOST": "0.0.0.0"}, file=str(tmp_path / "none.toml")))
 
 
-def free_port() -> int:
+@contextmanager
+def own_port() -> Iterator[int]:
+    """A port that nobody else is given: bound here, without listening, so that who sets SO_REUSEADDR can have it too."""
     with socket.socket() as sock:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         sock.bind(("127.0.0.1", 0))
-        port: int = sock.getsockname()[1]
-        return port
+        yield sock.getsockname()[1]

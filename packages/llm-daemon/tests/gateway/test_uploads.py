@@ -187,7 +187,7 @@ def test_nothing_held_stays_held(run: Any, world: Any, way: str) -> None:
     """Whichever way a request ends."""
 
     async def main() -> None:
-        async with world(patience=0.2 if way == "slow" else 60) as w:
+        async with world() as w:
             client = await w.client()
             body, error = audio(MB), Unavailable("no", code="no")
             whole = client.raw("POST", AUDIO, body, content_type=KIND)
@@ -198,6 +198,8 @@ def test_nothing_held_stays_held(run: Any, world: Any, way: str) -> None:
                 if way == "cut":
                     await client.close()
                 else:
+                    w.gateway.patience = 0.0
+                    w.gateway._look()
                     assert (await client.answer()).status == 408
             elif way == "bad":
                 client.send(client.raw("POST", AUDIO, body[:-9], content_type=KIND))
