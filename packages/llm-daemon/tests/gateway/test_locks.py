@@ -118,7 +118,7 @@ def test_an_idle_connection_is_nobodys_trouble(run: Any, world: Any) -> None:
             slow.send(b"G")
             assert (await slow.answer()).status == 408  # so that time has passed
             assert (await client.ask()).status == 200
-            while w.gateway._timer is not None:  # and nobody is looked after for ever
+            while w.gateway._timer is not None:  # noqa: ASYNC110  (and nobody is looked after for ever)
                 await asyncio.sleep(0)
             assert not w.gateway.slow
 

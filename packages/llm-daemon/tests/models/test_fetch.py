@@ -29,6 +29,9 @@ if TYPE_CHECKING:
     from .conftest import Packed, Server
 
 
+Helpers = Callable[[], list[psutil.Process]]
+
+
 @pytest.fixture
 def env(server: Server, tmp_path: Path) -> dict[str, str]:
     """An environment in which only the test's index exists, with a password that must not show."""
@@ -36,6 +39,13 @@ def env(server: Server, tmp_path: Path) -> dict[str, str]:
     server.credentials = "Basic bWU6czNjcmV0"
     url = server.url.replace("://", "://me:s3cret@")
     return kept | {"PIP_INDEX_URL": url, "PIP_CONFIG_FILE": os.devnull, "HOME": str(tmp_path)}
+
+
+@pytest.fixture
+def helpers() -> Helpers:
+    """Children of this process that it had not before the test: those of others are none of ours."""
+    before = psutil.Process().children()
+    return lambda: [child for child in psutil.Process().children() if child not in before]
 
 
 def files(root: Path) -> set[str]:
@@ -93,21 +103,21 @@ def test_two_fetches_download_once(server: Server, packed: Packed, env: dict[str
 
 
 def test_cancelling_ends_the_helper_and_keeps_the_beginning(
-    server: Server, packed: Packed, env: dict[str, str], tmp_path: Path
+    server: Server, packed: Packed, env: dict[str, str], tmp_path: Path, helpers: Helpers
 ) -> None:
     server.gate = gate = threading.Event()
-    helpers: list[psutil.Process] = []
+    seen: list[psutil.Process] = []
 
     async def cancel_midway() -> None:
         def on_progress(message: dict[str, Any]) -> None:
-            if message["phase"] == "download" and message["done"] >= 10_000 and not helpers:
-                helpers.extend(psutil.Process().children())
+            if message["phase"] == "download" and message["done"] >= 10_000 and not seen:
+                seen.extend(helpers())
                 task.cancel()
 
         task = asyncio.create_task(fetch(packed.artifact, tmp_path, on_progress, env=env))
         with pytest.raises(asyncio.CancelledError):
             await asyncio.wait_for(task, 60)
-        assert helpers and not any(p.is_running() for p in helpers), "gone before cancel returns"
+        assert seen and not any(p.is_running() for p in seen), "gone before cancel returns"
 
     asyncio.run(cancel_midway())
     (part,) = files(tmp_path)
@@ -119,7 +129,9 @@ def test_cancelling_ends_the_helper_and_keeps_the_beginning(
     assert server.downloads() == [None, f"bytes={size}-"]
 
 
-def test_cancelling_at_once_leaves_nothing(server: Server, packed: Packed, env: dict[str, str], tmp_path: Path) -> None:
+def test_cancelling_at_once_leaves_nothing(
+    server: Server, packed: Packed, env: dict[str, str], tmp_path: Path, helpers: Helpers
+) -> None:
     async def cancel_early(turns: int) -> None:
         task = asyncio.create_task(fetch(packed.artifact, tmp_path, env=env))
         for _ in range(turns):
@@ -130,17 +142,17 @@ def test_cancelling_at_once_leaves_nothing(server: Server, packed: Packed, env: 
 
     for turns in (1, 5, 20):
         asyncio.run(cancel_early(turns))
-    psutil.wait_procs(psutil.Process().children(), timeout=10)
-    assert psutil.Process().children() == [] and files(tmp_path) == set() and server.downloads() == []
+    psutil.wait_procs(helpers(), timeout=20)
+    assert helpers() == [] and files(tmp_path) == set() and server.downloads() == []
 
 
-def test_what_on_progress_raises_ends_the_fetch(packed: Packed, env: dict[str, str], tmp_path: Path) -> None:
+def test_what_on_progress_raises_ends_the_fetch(packed: Packed, env: dict[str, str], tmp_path: Path, helpers: Helpers) -> None:
     def on_progress(message: dict[str, Any]) -> None:
         raise ZeroDivisionError
 
     with pytest.raises(ZeroDivisionError):
         fetch_sync(packed.artifact, tmp_path, on_progress, env=env)
-    assert psutil.Process().children() == []
+    assert helpers() == []
 
 
 def test_the_helper_ends_when_its_parent_is_killed(server: Server, packed: Packed, env: dict[str, str], tmp_path: Path) -> None:
@@ -214,4 +226,5 @@ def test_the_daemon_stays_small() -> None:
 @pytest.mark.real
 def test_the_starter_model_is_whole(starter: Path) -> None:
     assert starter.stat().st_size == 98_362_432
-    assert {p.suffix for p in starter.parent.iterdir()} == {".gguf", ".json"}
+    suffixes = {p.suffix for p in starter.parent.iterdir()}  # another process may just be noting the header beside it
+    assert suffixes >= {".gguf", ".json"} and not suffixes & {".part", ".tmp"}

@@ -37,6 +37,7 @@ class Page:
         self._commands, self._answers, self._asked = commands, answers, 0
         self._session: dict[str, str] = {}
         self.complaints: list[Any] = []
+        self._loads = 0  # pages that are there
         self.password, self.asked_for = "", list[str]()
 
     def _say(self, method: str, **params: Any) -> int:
@@ -60,6 +61,8 @@ class Page:
     def _heed(self, event: str, about: dict[str, Any]) -> None:
         if event in ("Runtime.exceptionThrown", "Log.entryAdded") or about.get("type") == "error":
             self.complaints.append(about)
+        elif event == "Page.loadEventFired":
+            self._loads += 1
         elif event == "Fetch.requestPaused":
             self._say("Fetch.continueRequest", requestId=about["requestId"])
         elif event == "Fetch.authRequired":
@@ -78,9 +81,11 @@ class Page:
         await self.load("Page.navigate", url=url)
 
     async def load(self, method: str, **params: Any) -> None:
-        """Asks for something that loads a page, and waits until it is there."""
+        """Asks for something that loads a page, and waits until it is there; that may be told before the answer."""
+        before = self._loads
         await self.ask(method, **params)
-        await self._until(lambda m: m.get("method") == "Page.loadEventFired")
+        if self._loads == before:
+            await self._until(lambda m: m.get("method") == "Page.loadEventFired")
 
     async def run(self, code: str) -> Any:
         """The value of a JavaScript expression, of a promise once it is kept."""

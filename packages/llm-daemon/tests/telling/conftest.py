@@ -20,7 +20,7 @@ def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> bool | None:
     main = cast(Coroutine[Any, Any, None], pyfuncitem.obj(**arguments))
 
     async def bounded() -> None:
-        async with asyncio.timeout(30):
+        async with asyncio.timeout(90):  # a browser takes long to start where others do
             await main
         left = asyncio.all_tasks() - {asyncio.current_task()}
         assert not left, f"tasks left behind: {left}"

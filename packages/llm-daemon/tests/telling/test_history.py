@@ -90,7 +90,8 @@ def test_a_smaller_limit_holds_for_a_file_that_was_larger(make: Make) -> None:
     assert names(small) == ["last", "19"]
 
 
-def test_two_daemons_share_the_file(make: Make) -> None:
+def test_two_daemons_share_the_file(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "BUSY", 60.0)  # one that holds the lock may not get to run for long
     histories = [make(limit=10_000), make(limit=10_000)]
     for i in range(300):
         for name, history in zip("ab", histories, strict=True):
@@ -269,6 +270,9 @@ def test_an_idle_thread_sleeps(make: Make) -> None:
     def switches() -> int:
         return sum(int(line.split()[1]) for line in status.read_text().splitlines() if "ctxt_switches" in line)
 
-    before = switches()
-    threading.Event().wait(0.2)  # so long nothing must happen: there is no event to wait for
-    assert switches() - before <= 2  # it may just have been going to sleep
+    for _ in range(50):  # until it has gone to sleep, for which it may have to wait its turn
+        before = switches()
+        threading.Event().wait(0.2)  # so long nothing must happen: there is no event to wait for
+        if switches() == before:
+            return
+    pytest.fail("it never sleeps for long")
