@@ -109,9 +109,9 @@ def test_a_stall_is_told_and_what_came_is_kept(place: tuple[Server, Endpoint]) -
         client.sendall(HEAD + chunk(b"data: 1\n\n"))
         assert client.recv(1) == b""  # until the other side hangs up
 
-    raw = failing(place, handler, stall_s=0.2)
-    assert (raw.finish, raw.error, len(raw.chunks)) == ("stall", "nothing came for 0.2 s", 1)
-    assert raw.end_ms >= 200
+    raw = failing(place, handler, stall_s=1.0)  # so long the first piece may take on a busy machine
+    assert (raw.finish, raw.error, len(raw.chunks)) == ("stall", "nothing came for 1 s", 1)
+    assert raw.end_ms >= 1000
 
 
 def test_a_trickle_ends_at_the_time_limit(place: tuple[Server, Endpoint]) -> None:
@@ -128,7 +128,7 @@ def test_a_trickle_ends_at_the_time_limit(place: tuple[Server, Endpoint]) -> Non
     raw = failing(place, handler, timeout_s=0.3)
     over.set()
     assert (raw.finish, raw.error) == ("stall", "not done after 0.3 s")
-    assert 250 < raw.end_ms < 3000
+    assert 250 < raw.end_ms < 9000  # the server would go on for ever
 
 
 def test_enough_hangs_up(place: tuple[Server, Endpoint]) -> None:
