@@ -98,7 +98,7 @@ def test_all_servers_up_at_once_take_turns_trial_by_trial(write: Write) -> None:
 @pytest.mark.parametrize(
     ("scenario", "suite", "words"),
     [
-        ({"never_ready": True}, "ready_s = 2.0", "was not ready after 2 s: /health answers 503"),
+        ({"never_ready": True}, "ready_s = 3.0", "was not ready after 3 s: /health answers 503"),
         ({"crash_while_loading": "bad model", "load_seconds": 0.1}, "", "(exit status 1); it said: error: bad model"),
         ({"kill_self_while_loading": 9}, "", "killed by SIGKILL"),
     ],

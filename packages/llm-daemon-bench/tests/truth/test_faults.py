@@ -36,9 +36,12 @@ checkpoints = [ {{ id = "fox", contains = "fox" }} ]
 GOOD = Script(prefill_ms=2, token_ms=1)
 
 
-def suite(folder: Path, servers: dict[str, tuple[Script, int]], cases: tuple[str, ...] = ("one",), trials: int = 2) -> Path:
+def suite(
+    folder: Path, servers: dict[str, tuple[Script, int]], cases: tuple[str, ...] = ("one",), trials: int = 2, ready_s: int = 60
+) -> Path:
     """Writes one: server applications by name, each with its script and the status of its /health."""
-    parts = [f'[suite]\nname = "faults"\nlaunches = 2\ntrials = {trials}\nwarmup = 0\nseed = 3\nready_s = 2\nstall_s = 20\n']
+    parts = [f'[suite]\nname = "faults"\nlaunches = 2\ntrials = {trials}\nwarmup = 0\nseed = 3\n']
+    parts.append(f"ready_s = {ready_s}\nstall_s = 20\n")
     for name, (script, health) in servers.items():
         path = folder / f"{name}.json"
         path.write_text(json.dumps({name: script.to_json()}))
@@ -71,10 +74,11 @@ def session() -> Path:
 
 
 def test_one_never_ready_one_dying_and_one_good(tmp_path: Path) -> None:
-    path = suite(tmp_path, {"mute": (GOOD, 503), "mortal": (Script(token_ms=1, die_after=4), 200), "good": (GOOD, 200)})
+    servers = {"mute": (GOOD, 503), "mortal": (Script(token_ms=1, die_after=4), 200), "good": (GOOD, 200)}
+    path = suite(tmp_path, servers, ready_s=4)  # so long the good one may take to start
     status, _, said = bench("run", str(path), "--plain")
     assert status == 3
-    mute = [line for line in said if line.startswith("mute/") and "not ready after 2 s: /health answers 503" in line]
+    mute = [line for line in said if line.startswith("mute/") and "not ready after 4 s: /health answers 503" in line]
     assert len(mute) == 2, said
     mortal = [line for line in said if line.startswith("mortal/mortal/q: the server died over one")]
     assert mortal and all("134" in line for line in mortal), said
