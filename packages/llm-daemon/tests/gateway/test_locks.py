@@ -233,7 +233,9 @@ def test_a_client_that_reads_slowly_but_reads_is_served(run: Any, world: Any) ->
             connection.pause_writing = pauses
             while left:
                 if connection._paused or w.desk.log.all("ended"):
-                    left -= len(await client.reader.read(100_000))
+                    piece = await client.reader.read(100_000)
+                    assert piece, "it was let go"
+                    left -= len(piece)
                 else:
                     await asyncio.sleep(0)
                 connection.look(asyncio.get_running_loop().time())
