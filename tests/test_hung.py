@@ -75,7 +75,7 @@ def nothing_survives(world: World) -> None:
 def test_a_load_without_progress_ends_and_says_so(world: World, fake_model: Model, scenario: dict[str, Any], reason: str) -> None:
     with held():
         with pytest.raises(errors.EngineTimeout, match=reason) as caught:
-            attach(fake_model(stall=0.6, ignore_sigterm=True, **scenario))
+            attach(fake_model(stall=2, ignore_sigterm=True, **scenario))  # its program must have begun by then
         assert caught.value.code == "engine_timeout"
         if "while_loading" not in scenario:
             assert "listening" in str(caught.value.data["last_words"])
@@ -88,7 +88,7 @@ def test_a_load_without_progress_ends_and_says_so(world: World, fake_model: Mode
 
 def test_requests_without_a_first_byte_are_put_to_the_next_process(world: World, fake_model: Model, tmp_path: Path) -> None:
     model = fake_model(
-        stuck_after_tokens=0, stuck_once=str(tmp_path / "stuck"), stall=1, ignore_sigterm=True, tokens=["Hello", " world"]
+        stuck_after_tokens=0, stuck_once=str(tmp_path / "stuck"), stall=2, ignore_sigterm=True, tokens=["Hello", " world"]
     )
     with attach(model, parallel=1) as llm, ThreadPoolExecutor() as pool:
         stuck = llm.pid
@@ -96,7 +96,7 @@ def test_requests_without_a_first_byte_are_put_to_the_next_process(world: World,
         for answer, body in (a.result(LATE) for a in asked):
             assert (answer.status, body["choices"][0]["message"]["content"]) == (200, "Hello world")
         assert sorted(a.result()[0].getheader("x-llm-replayed") or "" for a in asked)[-1] == "1"
-        assert wait_gone(stuck, 1.0)
+        assert wait_gone(stuck, LATE)
         seen = instance(world)
         assert (seen["state"], seen["starts"], seen["error"]) == ("ready", 2, None)
         assert "hung and was ended: no sign of life for" in (world.state / "logs" / "daemon.log").read_text()
