@@ -272,13 +272,13 @@ def test_the_ladder(run: Runner, bench: Bench) -> None:
     """SIGTERM, SIGTERM, SIGKILL; and what escaped the tree goes with it."""
 
     async def main() -> None:
-        process = await bench.python(STUBBORN)
+        process = await bench.python(STUBBORN, grace=0.5)  # in which it must get to say that it heard
         await said(process, "grandchild")
         began = time.monotonic()
         exit = await process.stop()
         assert exit == Exit(None, signal.SIGKILL, True)
         assert process.last_words().count("sigterm") == 2
-        assert 0.2 <= time.monotonic() - began < 2
+        assert 1.0 <= time.monotonic() - began < 30
         assert not survivors(bench.generation, within=0)
         process.log.close()
 

