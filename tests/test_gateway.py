@@ -394,9 +394,7 @@ def test_other_machines_come_in_by_tls_alone(
     for key, value in {**given, "token_file": tmp_path / "token"}.items():
         monkeypatch.setenv(f"LLM_DAEMON_TLS_{key.upper()}", str(value))
     it = line(quick)
-    with httpx.Client(
-        base_url=f"https://{host}:{port}", verify=ssl.create_default_context(cafile=tmp_path / "tls.crt")
-    ) as far:
+    with httpx.Client(base_url=f"https://{host}:{port}", verify=ssl.create_default_context(cafile=tmp_path / "tls.crt")) as far:
         for key, status in ((it.lease.api_key, 401), ("remote-" + "x" * 30, 200)):
             answer = far.post(CHAT, json=it.body(), headers={"authorization": f"Bearer {key}"})
             assert answer.status_code == status

@@ -206,12 +206,16 @@ def test_a_dropped_lease_ends(world: World, quick: str) -> None:
     kept.close()
 
 
-def test_attaching_again_does_not_block_the_event_loop(
-    world: World, fake_model: Callable[..., str], tmp_path: Path
-) -> None:
+def test_attaching_again_does_not_block_the_event_loop(world: World, fake_model: Callable[..., str], tmp_path: Path) -> None:
     """The second load goes on when the loop says so, which it cannot while somebody blocks it."""
     gate = tmp_path / "gate"
     gate.touch()
+
+    def wait_for_load() -> None:
+        end = time.monotonic() + 30
+        while not is_loading():
+            assert time.monotonic() < end
+            time.sleep(0.01)
 
     def is_loading() -> bool:
         talk = sync.connect(start_daemon=False, lease=False)
@@ -223,8 +227,7 @@ def test_attaching_again_does_not_block_the_event_loop(
             talk.close()
 
     async def let_it_load() -> None:
-        while not await asyncio.to_thread(is_loading):
-            await asyncio.sleep(0.01)
+        await asyncio.to_thread(wait_for_load)
         gate.touch()
 
     async def main() -> None:
@@ -234,9 +237,7 @@ def test_attaching_again_does_not_block_the_event_loop(
             os.kill(llm.daemon_pid, signal.SIGKILL)
             assert wait_gone(llm.pid, 30)
             async with asyncio.timeout(60):
-                await asyncio.gather(
-                    let_it_load(), *(client.completions.create(model=llm.model, prompt="x") for _ in range(2))
-                )
+                await asyncio.gather(let_it_load(), *(client.completions.create(model=llm.model, prompt="x") for _ in range(2)))
 
     asyncio.run(main())
 

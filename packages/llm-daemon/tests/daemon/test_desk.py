@@ -22,9 +22,7 @@ def test_a_request_that_is_run_again_keeps_its_deadline() -> None:
     instance = SimpleNamespace(id="i1", state=None)
     began = monotonic()
     daemon: Any = SimpleNamespace(
-        machine=SimpleNamespace(
-            tickets={"t": Ticket("t", "i1", "regular", arrived=began - 9.0)}, instances={"i1": instance}
-        ),
+        machine=SimpleNamespace(tickets={"t": Ticket("t", "i1", "regular", arrived=began - 9.0)}, instances={"i1": instance}),
         supervisor=SimpleNamespace(live={}, is_ready=True, resolve=lambda model: SimpleNamespace(mode="generate", full=None)),
         post=posted.append,
     )

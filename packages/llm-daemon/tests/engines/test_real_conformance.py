@@ -14,6 +14,7 @@ from llm_daemon.testing.conformance import EngineConformance
 # Read now: the session takes LLM_DAEMON_* variables away.
 GIVEN = os.environ.get("LLM_DAEMON_TEST_LLAMA_SERVER")
 pytestmark = pytest.mark.real
+PATIENCE = 4.0  # seconds: less than half of what the long request takes, and more than a busy machine adds
 APE = """MZqFpD='
 '
 [ "$*" = --version ] && { echo 'llamafile v0.10.3'; exit; }
@@ -27,6 +28,7 @@ exec LLAMA_SERVER "$@"
 
 class TestXllamacpp(EngineConformance):
     adapter = "llm_daemon.engines.xllamacpp:Xllamacpp"
+    patience = PATIENCE
 
     @pytest.fixture
     def model_path(self, smollm2: str) -> str:
@@ -37,6 +39,7 @@ class TestLlamafile(EngineConformance):
     """llamafile's own part is played: a file in APE's form that takes its flags out and becomes llama.cpp's real server."""
 
     adapter = "llm_daemon.engines.llamafile:Llamafile"
+    patience = PATIENCE
 
     @pytest.fixture
     def engine_config(self, tmp_path: Path) -> dict[str, str]:
@@ -54,6 +57,7 @@ class TestLlamafile(EngineConformance):
 
 class TestLlamaServer(EngineConformance):
     adapter = "llm_daemon.engines.llama_server:LlamaServer"
+    patience = PATIENCE
     config = {"path": GIVEN} if GIVEN else {}
 
     @pytest.fixture
