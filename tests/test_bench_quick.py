@@ -90,8 +90,8 @@ def test_no_request_is_lost_and_slots_become_free(short_tmp: Path, tmp_path: Pat
     assert [len(row["values"]) for row in congestion["grids"][0]["lines"]] == [3, 3, 3]
     lost = {row["what"]: row for row in hangup["rows"]}
     # The scripted engine goes on for a non-streaming client that is gone: straight to it, that is seen.
-    assert lost["scripted engine: non-streaming, beside a stream, p50"]["baseline"] > 100
-    assert lost["scripted engine: streaming, quiet, p50"]["baseline"] < 100
+    unseen = lost["scripted engine: non-streaming, beside a stream, p50"]["baseline"]
+    assert unseen > 300 and lost["scripted engine: streaming, quiet, p50"]["baseline"] < unseen / 2
 
 
 def test_six_models_in_memory_for_two(short_tmp: Path, tmp_path: Path) -> None:
