@@ -99,8 +99,8 @@ def test_an_engine_that_is_said_to_confirm_and_does_not(engine: Start, monkeypat
 def test_company_that_ends_is_replaced(engine: Start) -> None:
     async def main() -> None:
         async with engine(2, tokens=1600) as (process, plan):  # three seconds of company: less than all this takes
-            found = await measured(process, plan, times=4, natural=2.4)
-        assert all(len(ups.each) == 4 and ups.noticed for ups in found.values())
+            found = await measured(process, plan, times=8, natural=2.4)
+        assert all(len(ups.each) == 8 and ups.noticed for ups in found.values())
 
     asyncio.run(main())
 
