@@ -198,7 +198,7 @@ def test_contexts_that_cannot_be_reconciled_get_what_they_asked_for_or_a_clear_r
     world: World, smollm2: str, tmp_path: Path
 ) -> None:
     # A file of its own: of one that engines of other tests have mapped too, ours would be found to need only its share.
-    smollm2 = shutil.copy(smollm2, tmp_path / "own.gguf")
+    smollm2 = shutil.copy(smollm2, str(tmp_path / "own.gguf"))
     with attach(smollm2, context=256, parallel=1) as one:
         need = json.loads(world.llm_daemon("plan", f"{smollm2}?context=512&parallel=1", "--json").stdout)["memory"]["need_bytes"]
         assert 100 * MB < need < 400 * MB

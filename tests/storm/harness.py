@@ -259,7 +259,7 @@ class Storm:
 
     def compare(self, talk: sync.Conversation, before: int) -> None:
         """After thousands of leases only ours is left, and no open file more."""
-        end = time.monotonic() + 5
+        end = time.monotonic() + 30
         while (after := self.open_files(talk)) > before and time.monotonic() < end:
             time.sleep(0.1)  # engines are still closing
         self.tally.fds += max(0, after - before)
@@ -292,7 +292,7 @@ class Storm:
             self.tally.failed.append(f"the last attach, after all had gone: {e!r} ({time.monotonic() - began:.1f} s)")
         left += self.calm()
         # Whoever is just ending is no process any more and cannot be waited for yet.
-        end = time.monotonic() + 2
+        end = time.monotonic() + 20
         while census.zombies() and time.monotonic() < end:
             self.reap(restart=False)
             time.sleep(0.01)
