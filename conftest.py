@@ -14,11 +14,17 @@ from typing import Any
 import filelock
 import psutil
 import pytest
+from hypothesis import settings
 
 pytest_plugins = ["llm_daemon.testing.plugin"]
 
 # Models are large and never change: they are fetched once for all sessions, unless the environment names a place.
 MODELS = Path(__file__).parent / ".cache" / "models"
+
+
+# No time limit for a single example: on a busy machine any of them may take longer than the usual 200 ms.
+settings.register_profile("patient", settings.get_profile(settings.get_current_profile_name()), deadline=None)
+settings.load_profile("patient")
 
 
 # A server application that is not llama.cpp: embeddings only, with its model inside (MIT, 91 MB; needs numpy, as gguf does).
@@ -77,12 +83,19 @@ def refuse_leftovers(folder: str) -> None:
     """
     ours = [p for p in psutil.process_iter() if p.pid != os.getpid() and (_is_child(p) or _lives_in(p, folder))]
     _, alive = psutil.wait_procs(ours, timeout=15)
-    left = [f"{p.pid}: {' '.join(p.cmdline())}" for p in alive if p.is_running()]
+    left = [f"{p.pid}: {_command(p)}" for p in alive if p.is_running()]
     for process in alive:
         process.kill()
     psutil.wait_procs(alive, timeout=5)
     if left:
         pytest.fail("the tests left processes behind:\n  " + "\n  ".join(left), pytrace=False)
+
+
+def _command(process: psutil.Process) -> str:
+    try:
+        return " ".join(process.cmdline())
+    except psutil.Error:
+        return "(gone)"
 
 
 def _is_child(process: psutil.Process) -> bool:

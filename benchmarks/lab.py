@@ -63,7 +63,7 @@ QUICK = Effort(
 )  # fmt: skip
 TINY = Effort(
     attaches=3, processes=1, starts=1, loads=1, requests=2, idle=0.2, pause=0.05, rounds=1, shots=20, burst=0.05,
-    chunks=4, idlers=50, crowd=100, queue=20, floods=1, flood=0.1, hangups=1, many=16, natural=0.6, all_cells=False,
+    chunks=4, idlers=50, crowd=100, queue=20, floods=1, flood=0.1, hangups=1, many=16, natural=2.0, all_cells=False,
 )  # fmt: skip
 
 

@@ -17,7 +17,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -444,9 +444,10 @@ def _fault(s: Stage, cell: Cell, traps: Traps, client: Client) -> None:
     at = traps.wait(cell.point, client)
     if cell.own:
         if cell.fault == "STOP":
-            until(lambda: True if stat(at)[:1] == ["T"] else None, "stopped")
+            until(lambda: True if stat(at)[:1] == ["T"] or _went_on(s, at, cell.point) else None, "stopped")
             time.sleep(STOPPED)
-            os.kill(at, signal.SIGCONT)
+            with suppress(ProcessLookupError):  # somebody may have woken it before us
+                os.kill(at, signal.SIGCONT)
         return
     pid = _victim(s, cell, at, client)
     os.kill(pid, signal.SIGKILL if cell.fault == "KILL" else signal.SIGSTOP)
@@ -456,6 +457,12 @@ def _fault(s: Stage, cell: Cell, traps: Traps, client: Client) -> None:
     if cell.fault == "STOP":
         time.sleep(STOPPED)
         os.kill(pid, signal.SIGCONT)
+
+
+def _went_on(s: Stage, pid: int, point: str) -> bool:
+    """Whether it was at the point and has passed another one, or the same again, or is dead."""
+    passed = [at for who, at in s.passed() if who == pid]
+    return is_dead(pid) or len(passed) > passed.index(point) + 1
 
 
 def _victim(s: Stage, cell: Cell, at: int, client: Client) -> int:

@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 
+pytestmark = pytest.mark.timeout(300)  # a net: the longest takes half a minute on a quiet machine
 SCRIPT = Path(__file__).parent.parent / "benchmarks" / "run.py"
 
 
@@ -33,7 +34,7 @@ def run(folder: Path, *args: str) -> dict[str, Any]:
     result = folder / "result.json"
     done = subprocess.run(
         [sys.executable, str(SCRIPT), "--tiny", "--json", str(result), *args],
-        env={**os.environ, "TMPDIR": str(folder)}, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=110,
+        env={**os.environ, "TMPDIR": str(folder)}, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=280,
     )  # fmt: skip
     assert (done.returncode, done.stderr) == (0, ""), done.stdout + done.stderr
     found: dict[str, Any] = json.loads(result.read_text())
@@ -90,8 +91,8 @@ def test_no_request_is_lost_and_slots_become_free(short_tmp: Path, tmp_path: Pat
     assert [len(row["values"]) for row in congestion["grids"][0]["lines"]] == [3, 3, 3]
     lost = {row["what"]: row for row in hangup["rows"]}
     # The scripted engine goes on for a non-streaming client that is gone: straight to it, that is seen.
-    assert lost["scripted engine: non-streaming, beside a stream, p50"]["baseline"] > 100
-    assert lost["scripted engine: streaming, quiet, p50"]["baseline"] < 100
+    unseen = lost["scripted engine: non-streaming, beside a stream, p50"]["baseline"]
+    assert unseen > 300 and lost["scripted engine: streaming, quiet, p50"]["baseline"] < unseen / 2
 
 
 def test_six_models_in_memory_for_two(short_tmp: Path, tmp_path: Path) -> None:

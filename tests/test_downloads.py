@@ -16,6 +16,7 @@ import gguf
 import numpy as np
 import pytest
 
+from llm_daemon.daemon.address import reserve
 from llm_daemon.testing.world import LLM_DAEMON, World
 
 SIZE = 3_000_000  # bytes of weights
@@ -23,7 +24,7 @@ SIZE = 3_000_000  # bytes of weights
 # told, until a line comes on its standard input.
 SERVER = """
 import http.server, sys, threading
-path, port, stops = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
+path, host, port, stops = *sys.argv[1:3], int(sys.argv[3]), int(sys.argv[4])
 data, go = open(path, "rb").read(), threading.Event()
 class Handler(http.server.BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
@@ -53,7 +54,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
 class Server(http.server.ThreadingHTTPServer):
     daemon_threads = True
     def handle_error(self, *args): pass
-server = Server(("127.0.0.1", port), Handler)
+server = Server((host, port), Handler)
 print(server.server_address[1], flush=True)
 threading.Thread(target=server.serve_forever, daemon=True).start()
 while sys.stdin.readline(): go.set()
@@ -63,12 +64,16 @@ while sys.stdin.readline(): go.set()
 class Web:
     """The server, a process of its own: it can be killed."""
 
-    def __init__(self, world: World, file: Path, port: int = 0, stops: int = 0) -> None:
-        argv = [sys.executable, "-c", SERVER, str(file), str(port), str(stops)]
+    def __init__(self, world: World, file: Path, place: tuple[str, int] | None = None, stops: int = 0) -> None:
+        if place is None:
+            with reserve() as sock:  # on an address of its own, where nobody takes its port while it is dead
+                place = sock.getsockname()
+        argv = [sys.executable, "-c", SERVER, str(file), *map(str, place), str(stops)]
         self.process = subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         world.children.append(self.process)  # ended with it, if not before
-        self.port = int(self.line())
-        self.url = f"http://127.0.0.1:{self.port}/model.gguf"
+        self.place = place
+        assert self.line() == str(place[1])
+        self.url = "http://{}:{}/model.gguf".format(*place)
 
     def line(self) -> str:
         assert self.process.stdout is not None
@@ -148,7 +153,7 @@ def test_a_server_that_is_killed_midway(world: World, pulls: list[subprocess.Pop
     _, err = process.communicate(timeout=60)
     assert process.returncode == 75 and "again" in err
     assert_nothing_there(world, web.url)
-    again = Web(world, model, web.port)
+    again = Web(world, model, web.place)
     try:
         assert_pulled(world, pulls, again.url, model)
         (asked,) = [line for line in again.kill() if line.startswith("GET")]
@@ -199,7 +204,7 @@ def test_a_file_that_is_corrupt_on_its_way_or_on_disk(
     assert done.returncode == 2 and "is not the file with sha256" in done.stderr
     assert_nothing_there(world, web.url + pin)
     web.kill()
-    web = Web(world, model, web.port)
+    web = Web(world, model, web.place)
     try:
         assert_pulled(world, pulls, web.url + pin, model)
         os.truncate(on_disk(world)[0], SIZE // 2)

@@ -97,6 +97,7 @@ def test_a_keeper_that_never_lives_is_told() -> None:
     with stage() as s:
         traps = s.traps()
         (traps.folder / "chance").write_text("1 keeper_checked KILL\n")
+        s.holder(traps).line()  # who is told an error holds nothing, and the daemon is to stay
         kind, code, message, _ = s.attach(traps).said()["told"]
         assert (kind, code) == ("EngineError", "keeper_died")
         assert "its keeper died" in message

@@ -24,6 +24,7 @@ import pytest
 
 from llm_daemon import attach
 from llm_daemon.client.sync import Lease
+from llm_daemon.daemon.address import reserve
 from llm_daemon.testing.world import World, wait_gone
 
 CHAT = "/v1/chat/completions"
@@ -53,7 +54,7 @@ class Line:
 
     def until(self, *states: str) -> list[dict[str, Any]]:
         """Waits for tickets in these states, in the order of their arrival."""
-        end = time.monotonic() + 10
+        end = time.monotonic() + 30
         while True:
             found = self.tickets()
             if [it["state"] for it in found] == list(states):
@@ -94,8 +95,8 @@ def line(world: World, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[st
 
 @pytest.fixture
 def slow(fake_model: Callable[..., str]) -> str:
-    """A model that needs ten seconds for an answer, unless it is asked for less."""
-    return fake_model(tokens=200, token_ms=50)
+    """A model that needs a hundred seconds for an answer, unless it is asked for less."""
+    return fake_model(tokens=2000, token_ms=50)
 
 
 def code(answer: httpx.Response) -> tuple[int, str, str | None]:
@@ -154,7 +155,7 @@ def test_deadlines(line: Callable[[str], Line], slow: str) -> None:
     (running,) = it.until("running")
     began = time.monotonic()
     assert code(it.ask(x_llm_deadline_ms="150")) == (504, "expired", "false")
-    assert time.monotonic() - began < 2
+    assert time.monotonic() - began < 20  # long before there was a free slot
     assert code(it.ask(x_llm_deadline_ms="0")) == (504, "expired", "false")
     patient = it.later(CHAT, it.body(max_tokens=1), x_llm_deadline_ms="20000")
     it.until("running", "waiting")
@@ -221,41 +222,47 @@ def instances(it: Line) -> dict[str, str]:
     return {one["model"]: one["state"] for one in it.http.get("/api/status").json()["instances"]}
 
 
-def until_gone(it: Line, model: str, within: float) -> float:
-    began = time.monotonic()
-    while instances(it).get(model, "absent") not in ("absent", "stopping"):
-        assert time.monotonic() - began < within, instances(it)
+def until_state(it: Line, model: str, *states: str) -> None:
+    end = time.monotonic() + 30
+    while instances(it).get(model, "absent") not in states:
+        assert time.monotonic() < end, instances(it)
         time.sleep(0.02)
-    return time.monotonic() - began
 
 
 def test_keep_alive_by_header(line: Callable[[str], Line], fake_model: Callable[..., str]) -> None:
     it, brief, lasting = line(fake_model()), fake_model(tokens=["a"]), fake_model(tokens=["b"])
     assert it.ask(CHAT, it.body() | {"model": lasting}).status_code == 200
     assert it.ask(CHAT, it.body() | {"model": brief}, x_llm_keep_alive="0.1").status_code == 200
-    until_gone(it, brief, within=5)
+    until_state(it, brief, "absent", "stopping")
     assert instances(it)[lasting] == "ready"  # for the default of its config
     assert it.ask(CHAT, it.body() | {"model": brief}).status_code == 200  # and comes back when asked
 
 
 def test_a_load_that_nobody_waits_for_is_abandoned(line: Callable[[str], Line], fake_model: Callable[..., str]) -> None:
     it, endless = line(fake_model()), fake_model(never_ready=True)
-    with pytest.raises(httpx.ReadTimeout):
-        it.http.post(CHAT, json=it.body() | {"model": endless}, timeout=0.4)
-    assert instances(it)[endless] == "starting"  # for a moment: who asks again finds it under way
-    assert until_gone(it, endless, within=6) > 0.5
+    head = f"Host: localhost\r\nAuthorization: Bearer {it.lease.api_key}\r\nContent-Type: application/json"
+    body = json.dumps(it.body() | {"model": endless}).encode()
+    with socket.create_connection(("127.0.0.1", it.http.base_url.port)) as client:
+        client.sendall(f"POST {CHAT} HTTP/1.1\r\n{head}\r\nContent-Length: {len(body)}\r\n\r\n".encode() + body)
+        until_state(it, endless, "starting")
+        left = time.monotonic()
+    until_state(it, endless, "absent", "stopping")
+    assert time.monotonic() - left > 0.5  # it goes on for a moment: who asks again finds it under way
     assert it.ask().status_code == 200
 
 
 def test_where_the_time_went(world: World, line: Callable[[str], Line], fake_model: Callable[..., str]) -> None:
     it, loads = line(fake_model()), fake_model(load_seconds=0.4, tokens=["x"], first_token_ms=100)
+    began = time.monotonic()
     cold = it.ask(CHAT, it.body() | {"model": loads})
+    took = (time.monotonic() - began) * 1e3
     warm = it.ask(CHAT, it.body() | {"model": loads})
 
     def times(answer: httpx.Response) -> dict[str, float]:
         return {name: float(ms) for name, ms in re.findall(r"(\w+);dur=([\d.]+)", answer.headers["server-timing"])}
 
-    assert times(cold)["load"] >= 400 and times(cold)["engine"] >= 100 and times(cold)["queue"] < 400
+    assert times(cold)["load"] >= 400 and times(cold)["engine"] >= 100
+    assert sum(times(cold).values()) <= took  # nothing counts twice
     assert times(warm)["load"] == 0 and times(warm)["engine"] >= 100
     assert cold.headers["x-llm-instance"] == warm.headers["x-llm-instance"]
     told = it.http.get(f"/api/explain/{cold.headers['x-llm-ticket']}").json()["ticket"]
@@ -290,18 +297,20 @@ def test_the_engine_itself_through_upstream(line: Callable[[str], Line], fake_mo
 
 @pytest.mark.parametrize("assembled", [False, True])
 def test_before_the_first_byte_it_is_run_again(
-    line: Callable[[str], Line], fake_model: Callable[..., str], assembled: bool
+    line: Callable[[str], Line], fake_model: Callable[..., str], tmp_path: Path, assembled: bool
 ) -> None:
     """A whole answer counts as unsent, however many tokens the engine had said."""
-    tokens = [f"w{n} " for n in range(20)]
-    it = line(fake_model(tokens=tokens, token_ms=20, ignores_disconnect="nonstream" if assembled else False))
+    tokens, stuck = [f"w{n} " for n in range(20)], tmp_path / "stuck"
+    late = "nonstream" if assembled else False
+    it = line(fake_model(tokens=tokens, stuck_after_tokens=7, stuck_once=str(stuck), ignores_disconnect=late))
     engine = it.lease.pid
-    it.until()  # loads the admin app, which may take longer than the answer
     asked = it.later()
-    it.until("running")
-    time.sleep(0.15)  # some tokens
+    end = time.monotonic() + 30
+    while not stuck.exists():  # then some tokens were said
+        assert time.monotonic() < end
+        time.sleep(0.01)
     os.kill(engine, signal.SIGKILL)
-    assert wait_gone(engine, 2)
+    assert wait_gone(engine, 10)
     answer = asked.result()
     assert (answer.status_code, answer.headers["x-llm-replayed"]) == (200, "1")
     assert answer.json()["choices"][0]["message"]["content"] == "".join(tokens)
@@ -374,27 +383,24 @@ def test_other_machines_come_in_by_tls_alone(
     world: World, line: Callable[[str], Line], quick: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     command = "openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -days 2 -subj /CN=x -addext"
-    extension = ["subjectAltName=IP:127.0.0.1", "-keyout", "tls.key", "-out", "tls.crt"]
+    with reserve() as sock:
+        host, port = sock.getsockname()  # of its own: nobody else asks for that port there
+    extension = [f"subjectAltName=IP:{host}", "-keyout", "tls.key", "-out", "tls.crt"]
     subprocess.run([*command.split(), *extension], cwd=tmp_path, check=True, capture_output=True, stdin=subprocess.DEVNULL)
     (tmp_path / "token").write_text("remote-" + "x" * 30)
     for name in ("token", "tls.key"):
         (tmp_path / name).chmod(0o600)
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        port = sock.getsockname()[1]
-    given = {"host": "127.0.0.1", "port": port, "cert": tmp_path / "tls.crt", "key": tmp_path / "tls.key"}
+    given = {"host": host, "port": port, "cert": tmp_path / "tls.crt", "key": tmp_path / "tls.key"}
     for key, value in {**given, "token_file": tmp_path / "token"}.items():
         monkeypatch.setenv(f"LLM_DAEMON_TLS_{key.upper()}", str(value))
     it = line(quick)
-    with httpx.Client(
-        base_url=f"https://127.0.0.1:{port}", verify=ssl.create_default_context(cafile=tmp_path / "tls.crt")
-    ) as far:
+    with httpx.Client(base_url=f"https://{host}:{port}", verify=ssl.create_default_context(cafile=tmp_path / "tls.crt")) as far:
         for key, status in ((it.lease.api_key, 401), ("remote-" + "x" * 30, 200)):
             answer = far.post(CHAT, json=it.body(), headers={"authorization": f"Bearer {key}"})
             assert answer.status_code == status
     assert answer.json()["choices"][0]["message"]["content"] == "Hello world"
     assert it.http.get("/api/history").json()["tickets"][0]["via"] == "tls"
-    assert f"https://127.0.0.1:{port}" in (world.state / "logs" / "daemon.log").read_text()
+    assert f"https://{host}:{port}" in (world.state / "logs" / "daemon.log").read_text()
     (tmp_path / "token").chmod(0o644)
     refused = world.llm_daemon("load", quick, LLM_DAEMON_RUNTIME_DIR=str(world.base / "other"))
     assert refused.returncode == 2 and "can be read by others" in refused.stderr

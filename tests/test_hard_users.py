@@ -96,7 +96,7 @@ def test_stop_by_force_ends_this_daemon_even_if_its_clients_come_back_at_once(wo
     daemon = int(child.stdout.readline())
     assert world.llm_daemon("stop").returncode == 75  # somebody uses it
     assert world.llm_daemon("stop", "--force").returncode == 0
-    assert wait_gone(daemon, 5)
+    assert wait_gone(daemon, 30)
 
 
 def test_a_client_that_does_not_read_delays_no_end(world: World, quick: str) -> None:
@@ -112,7 +112,7 @@ def test_a_client_that_does_not_read_delays_no_end(world: World, quick: str) -> 
         pass  # full, or cut off
     (daemon,) = {p for p, c in world.processes().items() if "boot" in c}
     ask("stop", force=True)
-    assert wait_gone(daemon, 10)
+    assert wait_gone(daemon, 30)
     s.close()
 
 
@@ -167,9 +167,18 @@ def test_somebody_elses_greedy_start_is_not_joined(world: World, fake_model: Cal
     assert greedy.stdout is not None
     while "load" not in greedy.stdout.readline():
         pass
-    with pytest.raises(TimeoutError):
-        attach(model, timeout=0.5)
-    states = [(i["model"] != model, i["state"]) for i in ask("status")["instances"]]
+    states: list[tuple[bool, str]] = []
+
+    class SeenEnough(Exception):
+        pass
+
+    def look(progress: sync.Progress) -> None:
+        if progress.phase == "load":
+            states.extend((i["model"] != model, i["state"]) for i in ask("status")["instances"])
+            raise SeenEnough
+
+    with pytest.raises(SeenEnough):
+        attach(model, on_progress=look)
     assert (True, "starting") in states and (False, "starting") in states
 
 
@@ -197,25 +206,38 @@ def test_a_dropped_lease_ends(world: World, quick: str) -> None:
     kept.close()
 
 
-def test_attaching_again_does_not_block_the_event_loop(world: World, fake_model: Callable[..., str]) -> None:
+def test_attaching_again_does_not_block_the_event_loop(world: World, fake_model: Callable[..., str], tmp_path: Path) -> None:
+    """The second load goes on when the loop says so, which it cannot while somebody blocks it."""
+    gate = tmp_path / "gate"
+    gate.touch()
+
+    def wait_for_load() -> None:
+        end = time.monotonic() + 30
+        while not is_loading():
+            assert time.monotonic() < end
+            time.sleep(0.01)
+
+    def is_loading() -> bool:
+        talk = sync.connect(start_daemon=False, lease=False)
+        if talk is None:
+            return False
+        try:
+            return [i["state"] for i in talk.ask("CALL", 10, method="status")["result"]["instances"]] == ["starting"]
+        finally:
+            talk.close()
+
+    async def let_it_load() -> None:
+        await asyncio.to_thread(wait_for_load)
+        gate.touch()
+
     async def main() -> None:
-        async with llm_daemon.aio.attach(fake_model(load_seconds=1.0, tokens=["x"])) as llm:
+        async with llm_daemon.aio.attach(fake_model(load_until=str(gate), tokens=["x"])) as llm:
             client = llm.openai()
+            gate.unlink()
             os.kill(llm.daemon_pid, signal.SIGKILL)
-            assert wait_gone(llm.pid, 2)
-            longest, last, asking = 0.0, time.monotonic(), True
-
-            async def watch() -> None:
-                nonlocal longest, last
-                while asking:
-                    await asyncio.sleep(0)
-                    longest, last = max(longest, time.monotonic() - last), time.monotonic()
-
-            watching = asyncio.create_task(watch())
-            await asyncio.gather(*(client.completions.create(model=llm.model, prompt="x") for _ in range(2)))
-            asking = False
-            await watching
-            assert longest < 0.8  # the load alone takes longer
+            assert wait_gone(llm.pid, 30)
+            async with asyncio.timeout(60):
+                await asyncio.gather(let_it_load(), *(client.completions.create(model=llm.model, prompt="x") for _ in range(2)))
 
     asyncio.run(main())
 
@@ -241,7 +263,7 @@ def test_a_deadline_is_kept_while_the_launcher_hangs(world: World, quick: str, m
     began = time.monotonic()
     with pytest.raises(errors.LlmDaemonError):
         attach(quick, timeout=1)
-    assert time.monotonic() - began < 4
+    assert time.monotonic() - began < 30  # it hangs for a minute
     assert world.processes() == {}
 
 

@@ -75,7 +75,7 @@ def nothing_survives(world: World) -> None:
 def test_a_load_without_progress_ends_and_says_so(world: World, fake_model: Model, scenario: dict[str, Any], reason: str) -> None:
     with held():
         with pytest.raises(errors.EngineTimeout, match=reason) as caught:
-            attach(fake_model(stall=0.6, ignore_sigterm=True, **scenario))
+            attach(fake_model(stall=2, ignore_sigterm=True, **scenario))  # its program must have begun by then
         assert caught.value.code == "engine_timeout"
         if "while_loading" not in scenario:
             assert "listening" in str(caught.value.data["last_words"])
@@ -88,7 +88,7 @@ def test_a_load_without_progress_ends_and_says_so(world: World, fake_model: Mode
 
 def test_requests_without_a_first_byte_are_put_to_the_next_process(world: World, fake_model: Model, tmp_path: Path) -> None:
     model = fake_model(
-        stuck_after_tokens=0, stuck_once=str(tmp_path / "stuck"), stall=1, ignore_sigterm=True, tokens=["Hello", " world"]
+        stuck_after_tokens=0, stuck_once=str(tmp_path / "stuck"), stall=2, ignore_sigterm=True, tokens=["Hello", " world"]
     )
     with attach(model, parallel=1) as llm, ThreadPoolExecutor() as pool:
         stuck = llm.pid
@@ -96,7 +96,7 @@ def test_requests_without_a_first_byte_are_put_to_the_next_process(world: World,
         for answer, body in (a.result(LATE) for a in asked):
             assert (answer.status, body["choices"][0]["message"]["content"]) == (200, "Hello world")
         assert sorted(a.result()[0].getheader("x-llm-replayed") or "" for a in asked)[-1] == "1"
-        assert wait_gone(stuck, 1.0)
+        assert wait_gone(stuck, LATE)
         seen = instance(world)
         assert (seen["state"], seen["starts"], seen["error"]) == ("ready", 2, None)
         assert "hung and was ended: no sign of life for" in (world.state / "logs" / "daemon.log").read_text()
@@ -104,7 +104,7 @@ def test_requests_without_a_first_byte_are_put_to_the_next_process(world: World,
 
 
 def test_an_engine_that_always_hangs_is_replayed_once_and_then_backs_off(world: World, fake_model: Model) -> None:
-    with attach(fake_model(stuck_after_tokens=0, stall=0.6, ignore_sigterm=True)) as llm:
+    with attach(fake_model(stuck_after_tokens=0, stall=2, ignore_sigterm=True)) as llm:
         answer, body = post(llm, model=llm.model)
         assert (answer.status, body["error"]["code"]) == (504, "engine_hung")
         assert body["error"]["last_words"].endswith("stuck")
@@ -123,7 +123,7 @@ def test_an_engine_that_always_hangs_is_replayed_once_and_then_backs_off(world: 
 def test_an_engine_that_keeps_dying_is_not_started_for_each_request(world: World, fake_model: Model) -> None:
     model = fake_model(crash_while_loading="out of luck")
     with attach(fake_model()) as other:
-        for starts in (1, 2, 3):  # asked for by name: at once, each time
+        for starts in (1, 2, 3, 4, 5):  # asked for by name: at once, each time
             with pytest.raises(errors.EngineError, match="out of luck") as caught:
                 attach(model)
             assert "error: out of luck" in caught.value.full()
@@ -132,9 +132,9 @@ def test_an_engine_that_keeps_dying_is_not_started_for_each_request(world: World
         for _ in range(3):
             answer, body = post(other, model=model)
             assert (answer.status, body["error"]["code"]) == (503, "engine_start_failed")
-            assert int(answer.getheader("retry-after") or "0") in (1, 2, 3, 4)
+            assert int(answer.getheader("retry-after") or "0") in range(1, 17)
             assert "error: out of luck" in body["error"]["last_words"]
-        assert instance(world)["starts"] == 3
+        assert instance(world)["starts"] == 5
     nothing_survives(world)
 
 
@@ -195,7 +195,7 @@ def test_ps_says_for_how_long_nothing_moved(world: World, fake_model: Model) -> 
 
 
 def test_an_answer_that_stops_in_its_middle_ends_in_an_error(world: World, fake_model: Model) -> None:
-    model = fake_model(stuck_after_tokens=2, stall=1, ignore_sigterm=True)
+    model = fake_model(stuck_after_tokens=2, stall=2, ignore_sigterm=True)
     with attach(model) as llm, llm.openai(max_retries=0, timeout=LATE) as client:
         said = []
         stream = client.chat.completions.create(model=llm.model, messages=HI, stream=True)  # type: ignore[arg-type]
@@ -213,7 +213,7 @@ def test_an_answer_that_stops_in_its_middle_ends_in_an_error(world: World, fake_
 
 
 def test_a_stopped_engine_is_hung(world: World, fake_model: Model) -> None:
-    with attach(fake_model(stall=1)) as llm:
+    with attach(fake_model(stall=2)) as llm:
         os.kill(llm.pid, signal.SIGSTOP)
         answer, _ = post(llm, model=llm.model)
         assert (answer.status, answer.getheader("x-llm-replayed")) == (200, "1")
@@ -226,7 +226,7 @@ def test_a_stopped_engine_is_hung(world: World, fake_model: Model) -> None:
     ids=["speaks", "computes"],
 )
 def test_slow_is_not_hung(world: World, fake_model: Model, stream: bool, scenario: dict[str, Any]) -> None:
-    with attach(fake_model(stall=1, silent=True, **scenario)) as llm, llm.openai(max_retries=0) as client:
+    with attach(fake_model(stall=2, silent=True, **scenario)) as llm, llm.openai(max_retries=0) as client:
         engine = llm.pid
         asked = client.with_raw_response.chat.completions.create(model=llm.model, messages=HI, stream=stream)  # type: ignore[arg-type]
         assert "x-llm-replayed" not in asked.headers
@@ -239,6 +239,7 @@ def test_a_daemon_that_was_stopped_while_a_client_waits_is_woken(
     world: World, fake_model: Model, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sync, "QUIET", 0.5)
+    monkeypatch.setattr(sync, "KNOCKS", 60)
     stopped: list[int] = []
 
     def stop(progress: Progress) -> None:
@@ -264,9 +265,9 @@ def test_a_daemon_that_stays_stopped_is_an_error(world: World, quick: str, monke
 
 
 def test_a_daemon_that_answers_is_waited_for(world: World, fake_model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sync, "QUIET", 0.2)
-    monkeypatch.setattr(sync, "KNOCKS", 2)
-    with attach(fake_model(load_seconds=2, silent=True)):
+    monkeypatch.setattr(sync, "QUIET", 0.5)
+    monkeypatch.setattr(sync, "KNOCKS", 3)
+    with attach(fake_model(load_seconds=3, silent=True)):
         pass
 
 
@@ -276,8 +277,8 @@ def test_a_keeper_that_never_begins_is_an_error(
     monkeypatch.setenv("LLM_DAEMON_FAULTS", str(tmp_path / "traps"))
     (tmp_path / "traps").mkdir()
     (tmp_path / "traps" / "keeper_checked").write_text("STOP")
-    model = fake_model(stall=1)
-    with pytest.raises(errors.EngineTimeout, match="did not begin to run within 1 s"):
+    model = fake_model(stall=2)
+    with pytest.raises(errors.EngineTimeout, match="did not begin to run within 2 s"):
         attach(model)
     with attach(model):
         pass

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import shutil
 import signal
 import socket
 import threading
@@ -19,9 +20,11 @@ import pytest
 import llm_daemon
 from llm_daemon import attach, errors
 from llm_daemon.client import sync
+from llm_daemon.daemon.address import reserve
 from llm_daemon.testing.world import World, wait_gone
 
 PROMPT = "The capital of France is"
+SOON = 10.0  # seconds for what the storm sees done within one, on a machine that does something else as well
 
 
 def status() -> dict[str, Any]:
@@ -62,14 +65,14 @@ def test_everything_closes_after_the_last_client(world: World, quick: str, how: 
     else:
         child.kill()
     child.wait()
-    assert world.wait_empty(within=8) >= 0.4  # not before ttl and linger are over
+    assert world.wait_empty(within=30) >= 0.4  # not before ttl and linger are over
 
 
 def test_a_killed_daemon_takes_its_engine_along_and_open_leases_go_on(world: World, quick: str) -> None:
     lease = attach(quick)
     before, engine = lease.daemon_pid, lease.pid
     os.kill(before, signal.SIGKILL)
-    assert wait_gone(engine, 1.0), "the engine outlived its daemon"
+    assert wait_gone(engine, SOON), "the engine outlived its daemon"
     other = attach(quick)
     assert other.daemon_pid != before
     assert lease.daemon_pid == other.daemon_pid  # attached again by being used
@@ -87,11 +90,11 @@ def test_an_openai_client_survives_the_death_of_daemon_and_engine(world: World, 
 
         assert ask() == "Hello world"
         os.kill(llm.daemon_pid, signal.SIGKILL)
-        assert wait_gone(llm._facts["pid"], 1.0)
+        assert wait_gone(llm._facts["pid"], SOON)
         assert ask() == "Hello world"
         engine = llm.pid
         os.kill(engine, signal.SIGKILL)
-        assert wait_gone(engine, 1.0)
+        assert wait_gone(engine, SOON)
         assert ask() == "Hello world"
 
 
@@ -131,13 +134,16 @@ def test_cancelling_an_attach_during_a_load_leaves_nothing_behind(world: World, 
         await llm_daemon.aio.attach(model, on_progress=lambda p: loading.set() if p.phase == "load" else None)
 
     asyncio.run(main())
-    world.wait_empty(within=8)
+    world.wait_empty(within=30)
 
 
 def test_a_timeout_is_an_error_that_says_what_to_do(world: World, fake_model: Callable[..., str]) -> None:
+    talk = sync.connect()  # how long a daemon takes to begin is not the subject
+    assert talk is not None
     with pytest.raises(TimeoutError) as caught:
-        attach(fake_model(never_ready=True), timeout=1.0)
-    assert "not ready after 1 s" in str(caught.value)
+        attach(fake_model(never_ready=True), timeout=2.0)
+    assert "not ready after 2 s" in str(caught.value)
+    talk.close()
 
 
 def test_a_forked_child_neither_keeps_nor_ends_the_parents_lease(world: World, quick: str) -> None:
@@ -161,7 +167,7 @@ def test_a_forked_child_neither_keeps_nor_ends_the_parents_lease(world: World, q
 def test_an_engine_that_dies_while_idle_is_started_again_by_the_next_request(world: World, quick: str) -> None:
     with attach(quick) as llm:
         os.kill(llm.pid, signal.SIGKILL)
-        assert wait_gone(llm.pid, 1.0)
+        assert wait_gone(llm.pid, SOON)
         url = llm.base_url.removeprefix("http://").removesuffix("/v1")
         connection = HTTPConnection(url, timeout=20)
         body = json.dumps({"model": llm.model, "messages": [{"role": "user", "content": "hi"}]})
@@ -172,37 +178,30 @@ def test_an_engine_that_dies_while_idle_is_started_again_by_the_next_request(wor
         connection.close()
 
 
-def listening(port: int = 0) -> socket.socket:
-    s = socket.socket()
-    s.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    try:
-        s.bind(("127.0.0.1", port))
-    except OSError:
-        s.close()
-        raise
-    s.listen()
-    return s
+@pytest.fixture
+def host(monkeypatch: pytest.MonkeyPatch) -> str:
+    """An address of this test's own: the daemons and servers of other tests take no port there."""
+    with reserve() as sock:
+        found: str = sock.getsockname()[0]
+    monkeypatch.setenv("LLM_DAEMON_HOST", found)
+    return found
 
 
-def test_the_default_port_taken_gives_the_next_free_one_everywhere(world: World, quick: str) -> None:
-    try:
-        holder = listening(28282)
-    except OSError:
-        holder = listening()  # somebody else has it: as good
-    with holder, attach(quick) as llm:
+def test_the_default_port_taken_gives_the_next_free_one_everywhere(world: World, quick: str, host: str) -> None:
+    with socket.create_server((host, 28282)), attach(quick) as llm:
         port = int(llm.base_url.split(":")[2].split("/")[0])
         assert port != 28282
         daemon = status()["daemon"]
         assert daemon["port"] == port
         assert "28282 is taken by" in str(daemon["port_note"])
         log = (world.state / "logs" / "daemon.log").read_text()
-        assert f"127.0.0.1:{port} (port 28282 is taken by" in log
+        assert f"{host}:{port} (port 28282 is taken by" in log
 
 
 def test_an_explicit_port_that_is_taken_is_one_clear_error_every_time(
-    world: World, quick: str, monkeypatch: pytest.MonkeyPatch
+    world: World, quick: str, host: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with listening() as holder:
+    with socket.create_server((host, 0)) as holder:
         port = holder.getsockname()[1]
         monkeypatch.setenv("LLM_DAEMON_PORT", str(port))
         seen = set()
@@ -215,7 +214,7 @@ def test_an_explicit_port_that_is_taken_is_one_clear_error_every_time(
         assert str(port) in message and f"pid {os.getpid()}" in message
         done = world.llm_daemon("load", quick)
         assert (done.returncode, message in done.stderr, "Traceback" in done.stderr) == (75, True, False)
-    world.wait_empty(within=2)
+    world.wait_empty(within=30)
     with attach(quick) as llm:
         assert f":{port}/" in llm.base_url
 
@@ -261,7 +260,7 @@ def test_a_bad_config_names_file_and_line_and_starts_nothing(world: World, quick
     world.config.write_text("ttl = 5\nlingr = 3\n")
     with pytest.raises(errors.UsageError, match="line 2: unknown setting 'lingr'"):
         attach(quick)
-    world.wait_empty(within=2)
+    world.wait_empty(within=30)
 
 
 def test_a_runtime_folder_of_somebody_else_is_refused(world: World, quick: str) -> None:
@@ -275,15 +274,15 @@ def test_a_runtime_folder_of_somebody_else_is_refused(world: World, quick: str) 
 
 
 def test_a_runtime_folder_deleted_under_a_daemon_makes_a_new_one(world: World, quick: str) -> None:
-    import shutil
-
-    with attach(quick) as old:
-        before = old.daemon_pid
-        shutil.rmtree(world.runtime)
-        with attach(quick) as new:
-            assert new.daemon_pid != before
-            assert old.daemon_pid == before  # its lease still holds
-        os.kill(before, signal.SIGKILL)
+    old = sync.connect()  # without a model: while an engine starts, a daemon looks at its folder and lets all go
+    assert old is not None
+    before = old.welcome["pid"]
+    shutil.rmtree(world.runtime)
+    with attach(quick) as new:
+        assert new.daemon_pid != before
+        assert old.is_open()  # its lease still holds
+    os.kill(before, signal.SIGKILL)
+    old.close()
 
 
 def test_a_daemon_that_cannot_finish_its_start_is_not_started_for_ever(
@@ -296,7 +295,7 @@ def test_a_daemon_that_cannot_finish_its_start_is_not_started_for_ever(
     began = time.monotonic()
     with pytest.raises(errors.Bug, match="status 3"):
         attach(quick)
-    assert time.monotonic() - began < 15
+    assert time.monotonic() - began < 60
     monkeypatch.setenv("LLM_DAEMON_PYTHON", "/nonexistent/python")
     with pytest.raises(errors.UsageError, match="/nonexistent/python"):
         attach(quick)
@@ -305,7 +304,7 @@ def test_a_daemon_that_cannot_finish_its_start_is_not_started_for_ever(
 def test_models_are_unloaded_by_ttl_and_come_back_for_a_lease(world: World, quick: str) -> None:
     with attach(quick, keep_alive=0.2) as llm:
         first = llm.pid
-        assert wait_gone(first, 8), "idle, and still loaded"
+        assert wait_gone(first, 30), "idle, and still loaded"
         with attach(quick) as again:
             assert again.pid != first
             assert again.daemon_pid == llm.daemon_pid

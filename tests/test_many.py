@@ -119,12 +119,19 @@ def test_an_idle_leased_model_leaves_and_comes_back_unnoticed(world: World, fake
 
 def test_who_waits_hears_for_whom(world: World, fake_model: Fake) -> None:
     budget(world, "50MB")
-    slow, other = fake_model(memory_bytes=45 * MB, load_seconds=0.6), fake_model(memory_bytes=40 * MB)
+    gate = world.base / "gate"
+    slow, other = fake_model(memory_bytes=45 * MB, load_until=str(gate)), fake_model(memory_bytes=40 * MB)
     said: list[Any] = []
+
+    def heard(progress: sync.Progress) -> None:
+        said.append(progress)
+        if progress.phase == "wait":
+            gate.touch()
+
     with concurrent.futures.ThreadPoolExecutor(1) as pool, attach(fake_model()):
         first = pool.submit(attach, slow)
         until(lambda: states(slow) == ["starting"])
-        with attach(other, on_progress=said.append):
+        with attach(other, on_progress=heard):
             first.result().close()
     waits = [p.message for p in said if p.phase == "wait" and "memory" in p.message]
     assert waits == [f"{other} waits for memory: it needs 40 MB; in the 50 MB there are: {slow} (loading, 45 MB)"]
@@ -191,7 +198,7 @@ def test_contexts_that_cannot_be_reconciled_get_what_they_asked_for_or_a_clear_r
     world: World, smollm2: str, tmp_path: Path
 ) -> None:
     # A file of its own: of one that engines of other tests have mapped too, ours would be found to need only its share.
-    smollm2 = shutil.copy(smollm2, tmp_path / "own.gguf")
+    smollm2 = shutil.copy(smollm2, str(tmp_path / "own.gguf"))
     with attach(smollm2, context=256, parallel=1) as one:
         need = json.loads(world.llm_daemon("plan", f"{smollm2}?context=512&parallel=1", "--json").stdout)["memory"]["need_bytes"]
         assert 100 * MB < need < 400 * MB

@@ -56,15 +56,18 @@ def until(made: Path) -> None:
         time.sleep(0.005)
 
 
-def test_the_deadline_is_kept_while_the_daemon_does_not_answer(world: World, faults: Path) -> None:
-    """L2: not by a second more than the two limits of a connection would add."""
+def test_the_deadline_is_kept_while_the_daemon_does_not_answer(
+    world: World, faults: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """L2: the limits of one connection do not add to it."""
     talk = sync.connect()
     assert talk is not None
+    monkeypatch.setattr(start, "ANSWER_WAIT", 60.0)
     go = trap(faults, "hello_read", "WAIT")
     began = time.monotonic()
     with pytest.raises(errors.DaemonUnresponsive, match=f"pid {talk.welcome['pid']}"):
         start.ensure(deadline=1.0)
-    assert time.monotonic() - began < 2.5, "the limits of one connection are five seconds"
+    assert time.monotonic() - began < 30, "the limit of one answer is a minute"
     release(go)
     talk.close()
 
@@ -129,8 +132,8 @@ def test_the_leases_of_a_daemon_whose_folder_was_deleted_move_to_the_next_one(wo
     with attach(quick) as llm:
         old, engine = llm.daemon_pid, llm.pid
         shutil.rmtree(world.runtime)
-        assert wait_gone(old, app.BEAT + 10)
-        assert wait_gone(engine, 5)
+        assert wait_gone(old, app.BEAT + 30)
+        assert wait_gone(engine, 30)
         assert llm.daemon_pid != old
         assert llm.is_open()
 

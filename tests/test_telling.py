@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 
 from llm_daemon import attach
@@ -26,10 +27,12 @@ def test_the_story_of_a_model_outlives_its_daemon(world: World, quick: str) -> N
     assert f"{quick} begins to load: " in loading and f"(pid {client.pid}) asked for it" in loading
     assert ready.startswith(f"{quick} is ready after ")
     world.leave(client)
-    assert wait_gone(daemon, 10)
-    assert not world.processes()
+    assert wait_gone(daemon, 30)
+    world.wait_empty(within=30)
     after = texts(world)
-    assert after[:2] == [loading, ready] and after[2:] == [f"{quick} is closed: nobody used it for 0 s"]
+    assert after[:2] == [loading, ready]
+    (closed,) = after[2:]
+    assert closed.startswith(f"{quick} is closed: nobody used it for ")
     assert (world.state / "history.sqlite").stat().st_mode & 0o777 == 0o600
 
 
@@ -38,9 +41,13 @@ def test_stopped_by_hand_and_killed(world: World, quick: str) -> None:
         assert world.llm_daemon("stop", quick, "--force").returncode == 0
         with attach(quick) as again:
             os.kill(again.pid, signal.SIGKILL)
-            assert wait_gone(again.pid, 5)
-            with attach(quick):
+            assert wait_gone(again.pid, 30)
+            told, end = [""], time.monotonic() + 30
+            while len(told) < 2:  # its keeper tells the daemon
+                assert time.monotonic() < end, told
                 told = [text.partition(": ")[2] for text in texts(world) if "is closed" in text]
+            with attach(quick) as third:
+                assert third.pid != again._facts["pid"]
     assert told[0] == "it was stopped by hand" and "died" in told[1]
 
 
@@ -68,7 +75,9 @@ def test_a_daemon_killed_while_it_writes_leaves_a_file_that_can_be_read(world: W
         child = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
         with child:
             assert child.stdout is not None
-            last = [child.stdout.readline() for _ in range(150)][-1].strip()
-            child.kill()
+            said = [child.stdout.readline() for _ in range(150)]
+            child.kill()  # it has gone on meanwhile
+            said += child.stdout.readlines()
+        last = [line.strip() for line in said if line.endswith("\n")][-1]
         told = texts(world)
         assert last in told and 18 <= len(told) <= 20

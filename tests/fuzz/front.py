@@ -30,7 +30,7 @@ from llm_daemon.errors import LlmDaemonError, Unavailable, UsageError
 
 from . import corpus
 
-HANG = 3.0  # seconds after which a scenario that is not over hangs
+HANG = 15.0  # seconds after which a scenario that is not over hangs
 HANG_UPS = 4  # close, half-close, reset, stays until the gateway closes
 ENDS = 4  # of an engine's answer: stays, close, reset, half-close
 VERDICTS = 10  # of the desk, see Desk.open

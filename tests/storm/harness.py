@@ -14,7 +14,6 @@ import os
 import random
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -26,16 +25,16 @@ from typing import Any
 
 import llm_daemon
 from llm_daemon.client import sync
+from llm_daemon.daemon.address import reserve
 from llm_daemon.errors import LlmDaemonError
 from llm_daemon.testing import census
 from llm_daemon.testing.world import CONFIG, World
 
 from . import chaos, mutants, report
-from .watch import Watch
+from .watch import BEAT, Watch
 
 WORKER = Path(__file__).with_name("worker.py")
 INSTALLED = Path(llm_daemon.__file__).parent
-BEAT = 0.2  # seconds between two looks at the processes
 GRACE = 45.0  # seconds that a worker may need to end
 CALM = 25.0  # seconds until all must have gone: a daemon that never saw a client waits 10
 LEAVING = "0 0.001 0.005"
@@ -145,9 +144,8 @@ class Storm:
             self.the_world.runtime = room / "run"
         config = CONFIG.replace("ttl = 30", "ttl = 0")
         if s.fixed_port:
-            with socket.socket() as probe:
-                probe.bind(("127.0.0.1", 0))
-                config = f"port = {probe.getsockname()[1]}\n{config}"
+            with reserve() as probe:  # on an address where nobody else wants a port
+                config = 'host = "{}"\nport = {}\n'.format(*probe.getsockname()) + config
         self.the_world.config.write_text(config)
         faults = self.base / "faults"
         (faults / "serving").mkdir(parents=True)
@@ -261,7 +259,7 @@ class Storm:
 
     def compare(self, talk: sync.Conversation, before: int) -> None:
         """After thousands of leases only ours is left, and no open file more."""
-        end = time.monotonic() + 5
+        end = time.monotonic() + 30
         while (after := self.open_files(talk)) > before and time.monotonic() < end:
             time.sleep(0.1)  # engines are still closing
         self.tally.fds += max(0, after - before)
@@ -294,7 +292,7 @@ class Storm:
             self.tally.failed.append(f"the last attach, after all had gone: {e!r} ({time.monotonic() - began:.1f} s)")
         left += self.calm()
         # Whoever is just ending is no process any more and cannot be waited for yet.
-        end = time.monotonic() + 2
+        end = time.monotonic() + 20
         while census.zombies() and time.monotonic() < end:
             self.reap(restart=False)
             time.sleep(0.01)

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-AFTER_KILL = 5.0  # seconds in which a killed daemon's leases may be found broken
+AROUND_KILL = 10.0  # seconds between the word of a kill and the deed, or between the deed and who finds its lease broken
 
 
 @dataclass
@@ -94,7 +94,7 @@ class Tally:
         if self.may_lose:
             return
         deaths = self._decided if self.by_point else self._killed
-        found = any(pid == e["pid"] and e["since"] - 1 <= t <= e["t"] + 1 for t, pid in deaths)
+        found = any(pid == e["pid"] and e["since"] - AROUND_KILL <= t <= e["t"] + AROUND_KILL for t, pid in deaths)
         if found == self.by_point:
             self.broken.append(f"S3: a lease ended by itself: {e}")
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from llm_daemon.daemon.process import ENGINE_TAG
 
 ORPHAN = 1.0  # seconds, invariant S6
+BEAT = 0.2  # seconds between two looks
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,8 @@ class Watch:
     pids: list[int] = field(default_factory=list)
     published: int | None = None  # inode of the runtime folder, once there was a socket in it
     excused: set[int] = field(default_factory=set)  # pids of what a double kill left, at the last look
-    _since: dict[tuple[int, int], float] = field(default_factory=dict)  # orphan -> when first seen
+    _age: dict[tuple[int, int], float] = field(default_factory=dict)  # seconds since an orphan was first seen
+    _looked: float = 0.0
     _told: set[tuple[int, int]] = field(default_factory=set)
     _daemon_of: dict[str, int] = field(default_factory=dict)  # tag -> daemon
     _twins: set[tuple[int, ...]] = field(default_factory=set)
@@ -75,11 +77,13 @@ class Watch:
                 orphans[p.pid, p.born] = p
             elif p.kind == "engine" and p.tag not in keepers:
                 orphans[p.pid, p.born] = p
-        self._since = {one: self._since.get(one, now) for one in orphans}
+        # A look that comes late, because the machine stood still, counts as one step: they had no chance to end either.
+        passed, self._looked = min(now - self._looked, 2 * BEAT), now
+        self._age = {one: self._age[one] + passed if one in self._age else 0.0 for one in orphans}
         # A keeper may have been killed before we ever saw whose it was: then its engine's pid must do.
         self.excused = {p.pid for p in orphans.values() if self._daemon_of.get(p.tag, p.pid) in both or p.pid in both}
         for one, p in orphans.items():
-            age = now - self._since[one]
+            age = self._age[one]
             self.oldest = max(self.oldest, age)
             if age > ORPHAN and one not in self._told and p.pid not in self.excused:
                 self._told.add(one)

@@ -180,6 +180,8 @@ class FakeDaemon:
                 for event in fake.events:
                     if event.get("break"):
                         return
+                    if event.get("stuck"):  # from now on, nothing is answered
+                        fake.is_stuck.set()
                     if event.get("pause"):
                         fake.go_on.wait()
                         if fake.is_stuck.is_set():  # nobody listens any more

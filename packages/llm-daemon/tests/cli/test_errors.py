@@ -89,8 +89,8 @@ Start = Callable[..., subprocess.Popen[str]]
 
 def test_a_reader_that_leaves_is_no_error(start: Start, daemon: FakeDaemon) -> None:
     read, write = os.pipe()
+    os.close(read)
     process = start("ps", "--json", stdout=write)
-    os.close(read)  # before a byte was written
     os.close(write)
     _, err = process.communicate(timeout=30)
     assert (process.returncode, err) == (141, "")

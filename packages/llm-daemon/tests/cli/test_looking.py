@@ -15,6 +15,7 @@ import pytest
 
 from llm_daemon import errors, paths
 from llm_daemon.cli import doctor, logs
+from llm_daemon.daemon.address import reserve
 from llm_daemon.engines.advisories import Advisory, fitting, number
 from llm_daemon.engines.base import Location, Missing
 from llm_daemon.models.catalog import Catalog
@@ -365,7 +366,8 @@ def findings(cli: Cli) -> dict[str, list[tuple[str, str]]]:
 @pytest.mark.usefixtures("two_engines")
 def test_doctor_of_a_healthy_place(cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(doctor, "SCARCE", 0)
-    with socket.create_server(("127.0.0.1", 0)) as s:
+    with reserve() as s:  # on an address of its own: no other test takes that port there
+        monkeypatch.setenv("LLM_DAEMON_HOST", s.getsockname()[0])
         monkeypatch.setenv("LLM_DAEMON_PORT", str(s.getsockname()[1]))
     result = cli("doctor")
     assert result.status == 0, result.out

@@ -41,4 +41,4 @@ def test_a_day_with_the_command_line(cli: Cli, tmp_path: Path) -> None:
     assert doctor.status == 0, doctor.out + doctor.err
     pids = [state["daemon"]["pid"], instance["pid"], instance["keeper_pid"]]
     assert cli("stop").out == "stopped smollm2-135m\nthe daemon has ended\n"
-    assert all(wait_gone(pid, 5) for pid in pids)  # the keeper ends because the daemon has
+    assert all(wait_gone(pid, 30) for pid in pids)  # the keeper ends because the daemon has

@@ -52,9 +52,8 @@ def test_a_long_silence_is_borne_while_the_daemon_lives(
 
 def test_a_daemon_that_hangs_is_told(cli: Cli, daemon: FakeDaemon, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ask, "SILENCE", 0.02)
-    monkeypatch.setattr(ask, "ALIVE", 0.02)
-    daemon.events.insert(1, {"pause": True})
-    daemon.is_stuck.set()
+    monkeypatch.setattr(ask, "ALIVE", 0.5)
+    daemon.events.insert(1, {"pause": True, "stuck": True})
     result = cli("run", "smollm2-135m", "hi")
     assert result.status == 75 and "the daemon (pid 77) does not answer" in result.err
     assert result.out == "Because "

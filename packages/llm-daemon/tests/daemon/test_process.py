@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import fcntl
+import gc
 import os
 import resource
 import select
@@ -223,6 +224,7 @@ def test_without_file_descriptors_it_is_an_error_and_nothing_is_left(bench: Benc
         return True
 
     async def main() -> None:
+        gc.collect()  # what earlier tests left to it
         before = set(os.listdir("/proc/self/fd"))
         allowed = 0
         while not await attempt(allowed):
@@ -237,6 +239,7 @@ def test_without_file_descriptors_it_is_an_error_and_nothing_is_left(bench: Benc
 def test_no_file_descriptor_stays_open(bench: Bench) -> None:
     async def main() -> None:
         await (await bench.start("/bin/true")).wait()  # whatever is opened once and for all
+        gc.collect()  # what earlier tests left to it
         before = len(os.listdir("/proc/self/fd"))
         for _ in range(3):
             process = await bench.start("/bin/true")
@@ -269,13 +272,13 @@ def test_the_ladder(run: Runner, bench: Bench) -> None:
     """SIGTERM, SIGTERM, SIGKILL; and what escaped the tree goes with it."""
 
     async def main() -> None:
-        process = await bench.python(STUBBORN)
+        process = await bench.python(STUBBORN, grace=0.5)  # in which it must get to say that it heard
         await said(process, "grandchild")
         began = time.monotonic()
         exit = await process.stop()
         assert exit == Exit(None, signal.SIGKILL, True)
         assert process.last_words().count("sigterm") == 2
-        assert 0.2 <= time.monotonic() - began < 2
+        assert 1.0 <= time.monotonic() - began < 30
         assert not survivors(bench.generation, within=0)
         process.log.close()
 
@@ -337,7 +340,7 @@ def test_a_killed_keeper_takes_everything_along(run: Runner, bench: Bench, numbe
         os.kill(process.keeper_pid, number)
         exit = await asyncio.wait_for(process.wait(), 10)
         assert exit == Exit(None, signal.SIGKILL, False)
-        assert not survivors(bench.generation, within=0.2)
+        assert not survivors(bench.generation)
         process.log.close()
 
     run(main())

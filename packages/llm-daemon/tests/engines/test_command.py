@@ -149,7 +149,7 @@ class TestDescribed(EngineConformance):
     """The fake engine by a description alone."""
 
     adapter = "mine"
-    natural = 1.0
+    natural = 1.6
     config = {  # noqa: RUF012
         "command": [
             sys.executable, "-I", "-S", SERVER, "{model}", "--host", "{host}", "--port", "{port}", "--alias", "{alias}",

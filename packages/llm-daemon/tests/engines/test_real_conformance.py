@@ -14,6 +14,7 @@ from llm_daemon.testing.conformance import EngineConformance
 # Read now: the session takes LLM_DAEMON_* variables away.
 GIVEN = os.environ.get("LLM_DAEMON_TEST_LLAMA_SERVER")
 pytestmark = pytest.mark.real
+PATIENCE = 4.0  # seconds: less than half of what the long request takes, and more than a busy machine adds
 APE = """MZqFpD='
 '
 [ "$*" = --version ] && { echo 'llamafile v0.10.3'; exit; }
@@ -31,6 +32,7 @@ class Real(EngineConformance):
 
 class TestXllamacpp(Real):
     adapter = "llm_daemon.engines.xllamacpp:Xllamacpp"
+    patience = PATIENCE
 
     @pytest.fixture
     def model_path(self, smollm2: str) -> str:
@@ -41,6 +43,7 @@ class TestLlamafile(Real):
     """llamafile's own part is played: a file in APE's form that takes its flags out and becomes llama.cpp's real server."""
 
     adapter = "llm_daemon.engines.llamafile:Llamafile"
+    patience = PATIENCE
 
     @pytest.fixture
     def engine_config(self, tmp_path: Path) -> dict[str, str]:
@@ -58,6 +61,7 @@ class TestLlamafile(Real):
 
 class TestLlamaServer(Real):
     adapter = "llm_daemon.engines.llama_server:LlamaServer"
+    patience = PATIENCE
     config = {"path": GIVEN} if GIVEN else {}
 
     @pytest.fixture

@@ -30,6 +30,11 @@ while True:
 BY_DEFAULT = ["Hello", " from", " the", " fake", " engine", "."]
 
 
+def wait_for(path: str | None) -> None:
+    while path and not os.path.exists(path):
+        time.sleep(0.005)
+
+
 class Server:
     def __init__(self, scenario: dict[str, Any], options: dict[str, str]) -> None:
         self.scenario, self.alias, self.path = scenario, options["--alias"], options.get("--socket", "")
@@ -83,6 +88,7 @@ class Server:
                 signal.pause()
             else:
                 time.sleep(left)
+        wait_for(self.scenario.get("load_until"))
         if message := self.scenario.get("crash_while_loading"):
             os.write(2, f"error: {message}\n".encode())
             while self.scenario.get("gives_up"):
@@ -264,6 +270,7 @@ class Server:
         limit = request.get("max_tokens", request.get("max_completion_tokens", request.get("n_predict")))
         pause = self.scenario.get("token_ms", 0) / 1000
         for i, token in enumerate(tokens[: limit if limit is not None and limit >= 0 else None]):
+            wait_for(self.scenario.get("tokens_until") if i == 1 else None)
             if self.scenario.get("crash_after_tokens") == i:
                 os.write(2, b"error: crashed in the middle\n")
                 os.abort()

@@ -441,11 +441,9 @@ class EngineConformance:
             assert daemon.stdout.readline() == "starting\n"
             assert daemon.stdout.readline().startswith("started ")
             assert daemon.stdout.readline() == "ready\n"
-            began = time.monotonic()
             daemon.kill()
             daemon.wait()
             assert not survivors(self.generation, within=1.0 + self.slack)
-            assert time.monotonic() - began < 1.5 + self.slack
 
 
 @contextlib.contextmanager

@@ -6,6 +6,7 @@ In a daemon: `[engines.fake] adapter = "llm_daemon.testing.fake_engine:FakeEngin
 | --- | --- |
 | `load_seconds`, `while_loading` | loads that long; meanwhile answers `"503"` (default) or does not listen (`"refuse"`); \
 `"ready"`: says it is ready and loads in its first request |
+| `load_until` | path of a file: loads until it is there |
 | `tcp` | listens on TCP: `true`; `"no reuse"`: without a reuse option; `"port 0"`: at a port that it chooses and tells |
 | `port_taken` | `"hang"`: says so and lives on when its address is taken |
 | `port_taken_once` | path of a file that the first process makes, which then ends as if its address was taken |
@@ -23,6 +24,7 @@ In a daemon: `[engines.fake] adapter = "llm_daemon.testing.fake_engine:FakeEngin
 | `kill_self_while_loading` | ends after `load_seconds` by this signal number |
 | `tokens` | what it says: list of strings, or how many to make up |
 | `token_ms`, `first_token_ms` | time before each token, and before the first one in addition |
+| `tokens_until` | path of a file: between the first token and the second it waits until that is there |
 | `token_burns_cpu` | computes in that time |
 | `crash_after_tokens` | dies by SIGABRT when a request has had that many |
 | `stuck_after_tokens` | a request that has had that many waits for ever; health stays fine |

@@ -66,7 +66,7 @@ def generation() -> Iterator[str]:
         pytest.fail("the test left engine processes behind:\n  " + "\n  ".join(left), pytrace=False)
 
 
-def survivors(generation: str, within: float = 1.0) -> list[str]:
+def survivors(generation: str, within: float = 10.0) -> list[str]:
     """`PID: COMMAND` of each process of that generation that still lives after `within` seconds; returns once there is none."""
     import select
 
