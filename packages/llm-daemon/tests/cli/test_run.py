@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import builtins
 import json
+import socket
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from llm_daemon import errors
-from llm_daemon.cli import ask, chat as chat_module, link, run
+from llm_daemon.cli import ask, chat as chat_module, link, progress, run
 from llm_daemon.cli.ask import Answer
 from llm_daemon.cli.progress import Display
 from llm_daemon.client.sync import Progress
@@ -189,8 +190,6 @@ def test_progress_where_nobody_watches(cli: Cli, daemon: FakeDaemon) -> None:
 
 
 def test_progress_on_a_terminal(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    from llm_daemon.cli import progress
-
     monkeypatch.setattr(progress, "is_terminal", lambda stream: True)
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.setenv("TTY_COMPATIBLE", "1")
@@ -262,6 +261,42 @@ def test_ctrl_c_stops_the_answer_only(
     said = [[m["content"] for m in body["messages"]] for _, _, body in daemon.asked]
     assert said == [["One"], ["One", "Because ", "Two"]]
     assert "stopped" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("outcome", [None, KeyboardInterrupt()])
+def test_progress_of_attaching_again_ends_with_it(
+    daemon: FakeDaemon, typed: list[object], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+    outcome: BaseException | None,
+) -> None:  # fmt: skip
+    monkeypatch.setattr(progress, "is_terminal", lambda stream: True)
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("TTY_COMPATIBLE", "1")
+    daemon.progress = [{"phase": "load", "message": "loads it"}]
+    draw = Display._draw
+
+    def drawn(self: Display, done: float, total: float) -> None:
+        draw(self, done, total)
+        if outcome is not None:
+            raise outcome
+
+    class Later:
+        """Typed when the daemon has died and another waits to be asked."""
+
+        def __str__(self) -> str:
+            for connection in daemon.connections:
+                connection.shutdown(socket.SHUT_RDWR)
+            capsys.readouterr()
+            monkeypatch.setattr(Display, "_draw", drawn)
+            return "hi again"
+
+    typed.append(Later())
+    talk(daemon)
+    err = capsys.readouterr().err
+    assert "loads it" in err and ("stopped" in err) is (outcome is not None)
+    assert err.count("\x1b[?25l") == err.count("\x1b[?25h") == 1  # the cursor was hidden, and is back
+    for thread in [t for t in threading.enumerate() if type(t).__module__.startswith("rich")]:
+        thread.join(10)
+        assert not thread.is_alive(), "it goes on drawing"
 
 
 def test_a_base_model_has_no_memory(daemon: FakeDaemon, typed: list[object]) -> None:

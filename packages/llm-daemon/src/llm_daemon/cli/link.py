@@ -13,6 +13,7 @@ from ..client import sync as _sync
 if TYPE_CHECKING:
     from ..config import Settings
     from ..spec import Spec
+    from .progress import Display
 
 sync: Any = _sync  # the client is kept free of annotations: typing alone would cost it more than all its own work
 CALL_WAIT = 30.0  # seconds for an answer that needs no model
@@ -25,8 +26,25 @@ def attach(model: str, quiet: bool = False, keep_alive: float | None = None, **o
     from .progress import Display
 
     Settings.load()  # a daemon that runs does not read them again: what is wrong with them is said now
-    with Display(quiet) as display:
-        return sync.attach(model, on_progress=display, keep_alive=keep_alive, **options)
+    lease = _Shown(sync.wish(model, **options), keep_alive, Display(quiet))
+    try:
+        lease.refresh()
+    except BaseException:
+        lease.close()
+        raise
+    return lease
+
+
+class _Shown(_sync.Lease):
+    """A lease that shows progress while it attaches, also when it does so again after the daemon's death, and only then."""
+
+    def __init__(self, wish: dict[str, Any], keep_alive: float | None, display: Display) -> None:
+        self._display = display
+        super().__init__(wish, keep_alive, on_progress=display)
+
+    def _attach(self) -> None:
+        with self._display:  # however it ends, Ctrl-C among it: nothing may go on drawing over what comes next
+            super()._attach()
 
 
 def look() -> Any:

@@ -18,7 +18,7 @@ STEP = 25  # percent between two lines where there is no terminal
 
 
 class Display:
-    """Call it with each `Progress`; use it in `with`, so that the terminal is left as it was found."""
+    """Call it with each `Progress`; use it in `with`, as often as you like, so that the terminal is left as it was found."""
 
     def __init__(self, quiet: bool = False) -> None:
         self._quiet = quiet
@@ -30,6 +30,7 @@ class Display:
         self._task: Any = None
 
     def __enter__(self) -> Display:
+        self._step = ("", False)
         return self
 
     def __exit__(self, *exc: object) -> None:
