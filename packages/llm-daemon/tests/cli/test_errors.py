@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
+import tomllib
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from llm_daemon import errors
-from llm_daemon.cli import link
+from llm_daemon.cli import entry, link, main
 
 from .conftest import Cli
 from .fakes import FakeDaemon
+
+ROOT = Path(__file__).parents[3]  # where the packages are
 
 
 @pytest.mark.parametrize(
@@ -48,6 +52,36 @@ def test_interrupted(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(link, "status", interrupt)
     result = cli("ps")
     assert (result.status, result.out, result.err) == (130, "", "")
+
+
+@pytest.mark.parametrize(("package", "script"), [("llm-daemon", "llm-daemon"), ("llm-daemon", "llmd"), ("llm-daemon-bench",) * 2])
+def test_interrupted_while_it_is_imported(package: str, script: str) -> None:
+    """Ctrl-C in the moment in which the first heavy module is looked for."""
+    project = tomllib.loads((ROOT / package / "pyproject.toml").read_text())["project"]
+    module, _, function = project["scripts"][script].partition(":")
+    code = (
+        "import os, signal, sys\n"
+        "class Press:\n"
+        "    def find_spec(self, name, *args):\n"
+        "        if name == 'click': os.kill(os.getpid(), signal.SIGINT)\n"
+        "sys.meta_path.insert(0, Press())\n"
+        f"from {module} import {function}\n"
+        "print('here', flush=True)\n"
+        f"{function}()\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout, done.stderr) == (-signal.SIGINT, "here\n", "")
+
+
+def test_interrupted_once_more_at_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(_argv: list[str]) -> None:
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler, "as it was before"
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(main, "main", interrupted)
+    with pytest.raises(SystemExit) as ended:
+        entry.main(["ps"])
+    assert ended.value.code == 130
 
 
 def crash() -> None:

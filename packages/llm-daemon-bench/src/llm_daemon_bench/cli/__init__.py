@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from importlib import import_module
 
 import click
@@ -47,10 +46,3 @@ class Verbs(click.Group):
 @click.group("bench", cls=Verbs, epilog=ENDINGS, context_settings={"help_option_names": ["-h", "--help"]})
 def command() -> None:
     """Measure which server, model and quantization is fast enough for your cases."""
-
-
-def main(argv: list[str] | None = None) -> None:
-    """The script `llm-daemon-bench`: runs one verb and ends the process with its exit status."""
-    from llm_daemon.cli.main import main as front
-
-    front(["bench", *(sys.argv[1:] if argv is None else argv)])
