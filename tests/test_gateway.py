@@ -124,6 +124,22 @@ def test_a_newer_request_of_the_same_key_ends_the_older_one(line: Callable[[str]
     assert it.ends() == {"superseded": 2, "cancelled": 1, "served": 3}
 
 
+def test_who_is_cut_off_by_hand_is_told_so(world: World, line: Callable[[str], Line], slow: str) -> None:
+    it = line(slow)
+    model = it.lease.model
+    whole = it.later()
+    it.until("running")
+    assert world.llm_daemon("stop", model, "--force").returncode == 0
+    assert code(whole.result()) == (503, "stopped", None)
+    assert whole.result().json()["error"]["message"] == f"{model} was stopped by hand"
+    with it.http.stream("POST", CHAT, json=it.body(stream=True)) as answer:
+        lines = answer.iter_lines()
+        assert next(lines).startswith("data: {")
+        assert world.llm_daemon("stop", model, "--force").returncode == 0
+        events = [json.loads(text[6:]) for text in lines if text.startswith("data: {")]
+    assert events[-1]["error"]["code"] == "stopped"
+
+
 def test_openai_clients_do_not_ask_again_what_was_superseded(line: Callable[[str], Line], slow: str) -> None:
     it = line(slow)
 

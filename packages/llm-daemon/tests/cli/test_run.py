@@ -167,6 +167,12 @@ def test_an_error_in_the_stream(cli: Cli, daemon: FakeDaemon) -> None:
     assert (result.status, result.err) == (69, "llm-daemon: the engine died\n")
 
 
+def test_stopped_by_hand_in_the_middle_of_an_answer(cli: Cli, daemon: FakeDaemon) -> None:
+    daemon.events = [piece("Be"), {"error": {"message": "m was stopped by hand", "code": "stopped", "hint": "ask again"}}]
+    result = cli("run", "smollm2-135m", "hi")
+    assert (result.status, result.err) == (75, "llm-daemon: m was stopped by hand\n  hint: ask again\n")
+
+
 def test_bytes_that_are_no_text_in_the_prompt() -> None:
     assert run.readable("a\udcffb") == "a\ufffdb"
 

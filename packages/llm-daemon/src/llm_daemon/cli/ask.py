@@ -206,7 +206,7 @@ def _told(status: int, detail: object) -> errors.LlmDaemonError:
     if not isinstance(detail, dict):
         detail = {"message": str(detail)}
     kind: type[errors.LlmDaemonError] = errors.EngineError
-    if status in (429, 503):
+    if status in (429, 503) or detail.get("code") == "stopped":  # in the middle of an answer it has no status of its own
         kind = errors.Unavailable
     elif detail.get("code") == "bug":
         kind = errors.Bug

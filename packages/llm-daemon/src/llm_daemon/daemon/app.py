@@ -18,7 +18,7 @@ from time import monotonic
 from typing import TYPE_CHECKING, Any
 
 from .. import errors, paths
-from ..core import events as ev
+from ..core import events as ev, refusals
 from ..core.events import Command, Event
 from ..core.instance import State
 from ..core.leases import Leases
@@ -159,7 +159,8 @@ class Daemon:
                 if leaves_for:
                     log.info("%s leaves: %s", self.machine.instances[instance].spec.model, leaves_for)
                 if self.gateway and (live := self.supervisor.live.get(instance)) and live.process:
-                    self.gateway.cut(live.process.socket)  # llama-server waits half a minute for open streams after SIGTERM
+                    # llama-server waits half a minute for open streams after SIGTERM
+                    self.gateway.cut(live.process.socket, self._why_cut(instance))
                 self.supervisor.halt(instance, force)
             case ev.Refuse(ticket, error):
                 self.desk.refuse(ticket, errors.from_wire(dict(error)))
@@ -176,6 +177,11 @@ class Daemon:
                 self.control.tell(lease, "PROGRESS", request, info=info)
             case ev.Exit():
                 self._leave()
+
+    def _why_cut(self, instance: str) -> errors.LlmDaemonError | None:
+        """What those hear whose answers a Halt breaks off: only somebody's word ends an engine that is answering."""
+        it = self.machine.instances[instance]
+        return errors.from_wire(refusals.stopped(it.spec)) if it.lanes.running else None
 
     def _tell_ready(self, lease: str, request: int, instance: str) -> None:
         live = self.supervisor.live[instance]

@@ -210,9 +210,8 @@ class Exchange:
             self._finish()
 
     def lost(self, reason: str, error: LlmDaemonError | None = None) -> None:
-        instance = self._route.instance if self._route else "?"
         error = error or EngineError(
-            f"the engine of {instance} did not answer in full: {reason}",
+            f"the engine of {self.ask.model or self.instance or '?'} did not answer in full: {reason}",
             code="engine_gone",
             hint="ask again; `llm-daemon logs` shows the engine's last words",
         )

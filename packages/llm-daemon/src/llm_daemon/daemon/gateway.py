@@ -184,9 +184,12 @@ class Gateway:
             connection.transport.abort()
         await self._empty.wait()
 
-    def cut(self, socket_path: str) -> None:
-        """Closes every connection to one engine, before it is told to stop: an open stream would delay it (engines.md, 5)."""
-        self.pool.cut(socket_path)
+    def cut(self, socket_path: str, error: LlmDaemonError | None = None) -> None:
+        """Closes every connection to one engine, before it is told to stop: an open stream would delay it (engines.md, 5).
+
+        `error`: what their clients are told.
+        """
+        self.pool.cut(socket_path, error)
 
     # -- called by connections and exchanges
 
