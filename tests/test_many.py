@@ -96,7 +96,7 @@ def test_what_can_never_fit_is_refused_at_once(world: World, fake_model: Fake) -
     large = fake_model(memory_bytes=3_000 * MB)
     with pytest.raises(errors.UsageError, match=r"needs about 3\.0 GB of memory, all models together may have 100 MB") as caught:
         attach(large)
-    assert caught.value.code == "too_large" and "memory_budget" in caught.value.hint
+    assert caught.value.code == "too_large" and "memory_budget and `llm-daemon stop`" in caught.value.hint
     with attach(fake_model()) as llm:
         with pytest.raises(urllib.error.HTTPError) as refused:
             ask(llm, large)

@@ -15,7 +15,9 @@ import pytest
 
 from llm_daemon import errors, paths
 from llm_daemon.cli import doctor, logs
+from llm_daemon.config import Settings
 from llm_daemon.daemon.address import reserve
+from llm_daemon.daemon.status import shown
 from llm_daemon.engines.advisories import Advisory, fitting, number
 from llm_daemon.engines.base import Location, Missing
 from llm_daemon.models.catalog import Catalog
@@ -410,6 +412,28 @@ def test_doctor_looks_at_the_daemon(cli: Cli, daemon: FakeDaemon) -> None:
     assert found["runtime folder"][0][0] == "warn" and found["port"][0][0] == "ok"
     daemon.answers["status"] = "die"
     assert findings(cli)["daemon"][0] == ("fail", "the daemon ended before it answered")
+
+
+@pytest.mark.usefixtures("two_engines")
+def test_doctor_tells_which_settings_the_daemon_does_not_have_yet(cli: Cli, daemon: FakeDaemon, tmp_path: Path) -> None:
+    (tmp_path / "config.toml").write_text("memory_budget = '100MB'\nallow_origins = ['https://a.example']\n")
+    state = daemon.status()
+    state["daemon"]["settings"] = shown(Settings.load())
+    daemon.answers["status"] = state
+    assert not any("settings" in text for _, text in findings(cli)["daemon"])
+    (tmp_path / "config.toml").write_text("allow_origins = ['https://a.example']\n")
+    told = ("warn", 'it was started with other settings: memory_budget = "100MB" (now "75%")')
+    assert told in findings(cli)["daemon"]
+    assert "hint: llm-daemon stop; the next use starts one that reads them anew" in cli("doctor").out
+    (tmp_path / "config.toml").write_text("nonsense = 1\n")
+    assert not any("settings" in text for _, text in findings(cli)["daemon"])
+
+
+@pytest.mark.usefixtures("two_engines")
+def test_doctor_sends_nobody_to_the_doctor(cli: Cli, tmp_path: Path) -> None:
+    (tmp_path / "runtime").write_text("")
+    out = cli("doctor").out
+    assert "is not a folder" in out and "llm-daemon doctor" not in out
 
 
 def test_config(cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -185,7 +185,7 @@ def test_what_can_never_fit_is_refused_at_once_with_numbers() -> None:
     assert told(other) == (ev.Refuse, "t", "too_large", 400)
     assert isinstance(one, ev.TellError) and one.error == other.error  # type: ignore[union-attr]
     assert one.error["message"] == "a needs about 43.1 GB of memory, all models together may have 6.0 GB"
-    assert "memory_budget" in one.error["hint"] and "\n" not in one.error["hint"]
+    assert "memory_budget and `llm-daemon stop`" in one.error["hint"] and "\n" not in one.error["hint"]
     assert m.instances["i1"].state is State.ABSENT
     m.handle(ev.Left("l"), 1)
     assert m.instances == {} and not m.placement.queue

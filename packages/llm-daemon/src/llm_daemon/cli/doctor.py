@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import json
 import os
 import shutil
 import socket
@@ -20,6 +21,7 @@ from .. import errors, paths
 from ..config import DEFAULT_PORT, Settings
 from ..daemon.boot import network_filesystem
 from ..daemon.identity import port_holder
+from ..daemon.status import shown
 from . import link
 from .words import as_json, clean, json_option, size, subcommand
 
@@ -73,7 +75,7 @@ def examine() -> Iterator[Finding]:
             result = check(settings)
             found = [] if isinstance(result, Settings) else list(result)
         except errors.LlmDaemonError as e:
-            yield Finding(name, FAIL, e.message, e.hint)
+            yield Finding(name, FAIL, e.message, "" if "llm-daemon doctor" in e.hint else e.hint)  # who asks us knows that
             continue
         if isinstance(result, Settings):
             settings, path = result, paths.config_file()
@@ -178,6 +180,18 @@ def _daemon(_: Settings) -> Found:
     yield (WARN, text + ", which is slow", "is the machine busy?") if took > SLOW else (OK, text, "")
     if state["version"] != ours:
         yield WARN, f"it is version {state['version']}, this command {ours}", "llm-daemon stop; the next use starts the new one"
+    if old := _kept(state.get("settings", {})):
+        yield WARN, f"it was started with other settings: {old}", "llm-daemon stop; the next use starts one that reads them anew"
+
+
+def _kept(theirs: dict[str, Any]) -> str:
+    """Settings of the daemon that are not what file and environment say now; empty if they cannot be read, which is told above."""
+    try:
+        ours = json.loads(json.dumps(shown(Settings.load())))
+    except errors.UsageError:
+        return ""
+    changed = [(k, theirs[k], v) for k, v in ours.items() if k in theirs and theirs[k] != v]
+    return ", ".join(f"{k} = {json.dumps(was)} (now {json.dumps(now)})" for k, was, now in changed)
 
 
 def _version() -> str:

@@ -23,7 +23,7 @@ def too_large(spec: Spec, need: int, budget: int) -> Wire:
         f"{spec.model} needs about {amount(need)} of memory, all models together may have {amount(budget)}",
         code="too_large", need_bytes=need, budget_bytes=budget,
         hint="a smaller context, fewer parallel conversations or another quantization need less (`llm-daemon plan MODEL` "
-        "shows what for); or raise memory_budget",
+        "shows what for); or raise memory_budget and `llm-daemon stop`: a daemon keeps what it was started with",
     )  # fmt: skip
     return error.to_wire()
 

@@ -181,7 +181,7 @@ class Daemon:
     def _why_cut(self, instance: str) -> errors.LlmDaemonError | None:
         """What those hear whose answers a Halt breaks off: only somebody's word ends an engine that is answering."""
         it = self.machine.instances[instance]
-        return errors.from_wire(refusals.stopped(it.spec)) if it.lanes.running else None
+        return errors.from_wire(dict(refusals.stopped(it.spec))) if it.lanes.running else None
 
     def _tell_ready(self, lease: str, request: int, instance: str) -> None:
         live = self.supervisor.live[instance]

@@ -15,10 +15,7 @@ from . import identity
 if TYPE_CHECKING:
     from .app import Daemon
 
-SHOWN = (
-    "ttl", "leased_ttl", "linger", "port", "host", "auth", "queue_limit", "max_overtake", "default_model", "context",
-    "parallel", "threads", "memory_budget",
-)  # fmt: skip
+HIDDEN = ("catalog", "engines", "origins")  # tables, and what is for ourselves
 
 
 def status(daemon: Daemon) -> dict[str, Any]:
@@ -49,7 +46,8 @@ def status(daemon: Daemon) -> dict[str, Any]:
 
 
 def shown(settings: Settings) -> dict[str, Any]:
-    return {k: v for k, v in asdict(settings).items() if k in SHOWN}
+    """Settings as the status tells them."""
+    return {k: v for k, v in asdict(settings).items() if k not in HIDDEN}
 
 
 def _instance(daemon: Daemon, it: Instance, now: float) -> dict[str, Any]:
