@@ -103,7 +103,9 @@ class Settings:
 
 
 def _bad(what: str, where: str, hint: str = "") -> UsageError:
-    return UsageError(f"{where}: {what}", code="bad_config", hint=hint or "`llm-daemon config` shows every setting")
+    # No command is named: each would stop here.
+    hint = hint or "correct or remove it: every setting has a default"
+    return UsageError(f"{where}: {what}", code="bad_config", hint=hint)
 
 
 def _unknown(key: str, where: str, known: list[str]) -> UsageError:
@@ -225,7 +227,7 @@ def _from_file(path: str) -> list[tuple[str, Any, str]]:
     except (FileNotFoundError, NotADirectoryError):
         return []
     except OSError as e:
-        raise _bad(f"cannot read it: {e.strerror}", path) from e
+        raise _bad(f"cannot read it: {e.strerror}", path, "make it readable for you, or remove it") from e
     import tomllib
 
     try:

@@ -164,7 +164,7 @@ def _whole(key: str, value: object, least: int) -> int:
     except ValueError:
         number = least - 1
     if number < least or number > 2**31 - 1:
-        raise UsageError(f"{key} must be a whole number from {least} on, not {value!r}", code="bad_spec")
+        raise UsageError(f"{key} must be a whole number from {least} to {2**31 - 1}, not {value!r}", code="bad_spec")
     return number
 
 

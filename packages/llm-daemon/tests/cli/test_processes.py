@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from llm_daemon import errors
 from llm_daemon.cli.env import lines
 
 from .conftest import Cli
@@ -49,6 +50,13 @@ def test_exec_without_such_a_program_loads_nothing(cli: Cli, daemon: FakeDaemon,
         assert (result.status, result.out) == (status, "")
         assert result.err.startswith(f"llm-daemon: cannot run {name!r}: ")
     assert daemon.said == []
+
+
+@pytest.mark.parametrize("words", [("smollm2-135m", "--", "sh", "-c", "a b"), ("smollm2-135m", "sh", "-c", "a b")])
+def test_exec_of_a_model_tells_how_to_name_it(cli: Cli, words: tuple[str, ...]) -> None:
+    result = cli("exec", *words)
+    hint = "a model is named by an option: llm-daemon exec --model smollm2-135m -- sh -c 'a b'"
+    assert result.status == 127 and result.err.endswith(f"no such program\n  hint: {hint}\n")
 
 
 def test_exec_of_something_that_is_no_program(start: Start, daemon: FakeDaemon, tmp_path: Path) -> None:
@@ -153,6 +161,15 @@ def test_serve_on_another_port_than_the_running_daemon(cli: Cli, daemon: FakeDae
     assert (result.status, result.out) == (75, "")
     assert f"(pid 77) already serves on port {daemon.http.server_port}, not on 1" in result.err
     assert "LLM_DAEMON_PORT" not in os.environ
+
+
+def test_serve_blames_its_own_option_for_the_port(cli: Cli, daemon: FakeDaemon, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LLM_DAEMON_PORT", "")  # put back at the end
+    hint = "choose another port (it was set by environment variable LLM_DAEMON_PORT)"
+    daemon.ready = errors.Unavailable("port 1 on 127.0.0.1 is taken by nginx", code="port_taken", hint=hint)
+    port = str(daemon.http.server_port)
+    assert cli("serve", "--port", port, "smollm2-135m").err.endswith("hint: choose another port (it was set by --port)\n")
+    assert cli("serve", "smollm2-135m").err.endswith(f"hint: {hint}\n")
 
 
 def test_serve_knows_all_its_models_before_it_starts(cli: Cli, daemon: FakeDaemon) -> None:

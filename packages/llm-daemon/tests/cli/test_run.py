@@ -124,6 +124,13 @@ def test_an_unquoted_question_gets_the_right_hint(cli: Cli, daemon: FakeDaemon) 
     assert result.status == 2 and "in quotes: 'Why is it?'" in result.err
 
 
+@pytest.mark.parametrize(("model", "option"), [("smollm2-135m", "--draft"), ("./mine.gguf", "--lora")])
+def test_of_a_known_model_no_question_is_made(cli: Cli, daemon: FakeDaemon, model: str, option: str) -> None:
+    daemon.ready = errors.UsageError("unknown model 'nope'", code="unknown_model", hint="known names: a, b")
+    result = cli("run", model, "hi", option, "nope")
+    assert result.err == "llm-daemon: unknown model 'nope'\n  hint: known names: a, b\n"
+
+
 def test_json_is_one_document(cli: Cli, daemon: FakeDaemon) -> None:
     result = cli("run", "smollm2-135m", "hi", "--json", "-q")
     document = json.loads(result.out)

@@ -126,6 +126,19 @@ def test_a_bad_setting_is_refused_by_name_and_line(tmp_path: Path, text: str, li
     assert caught.value.exit_status == 2
 
 
+@pytest.mark.parametrize("text", ["ttl = 'soon'\n", "ttl = \n"])
+def test_what_is_wrong_with_settings_sends_to_no_command_that_stops_there(tmp_path: Path, text: str) -> None:
+    with pytest.raises(errors.UsageError) as caught:
+        load(tmp_path, text)
+    assert caught.value.hint == "correct or remove it: every setting has a default"
+
+
+@pytest.mark.parametrize(("text", "least"), [("m?context=99999999999999", 1), ("m?gpu_layers=-1", 0)])
+def test_a_number_out_of_range_is_told_the_range(text: str, least: int) -> None:
+    with pytest.raises(errors.UsageError, match=f"a whole number from {least} to 2147483647, not"):
+        Wish.parse(text)
+
+
 def test_a_misspelt_variable_is_refused_too() -> None:
     with pytest.raises(errors.UsageError, match="LLM_DAEMON_LIGNER"):
         Settings.load({"LLM_DAEMON_LIGNER": "1"}, "/nonexistent")

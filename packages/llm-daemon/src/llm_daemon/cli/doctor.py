@@ -185,7 +185,7 @@ def _daemon(_: Settings) -> Found:
 
 
 def _kept(theirs: dict[str, Any]) -> str:
-    """Settings of the daemon that are not what file and environment say now; empty if they cannot be read, which is told above."""
+    """Settings of the daemon that are not what file and environment say now; none if these cannot be read: told above."""
     try:
         ours = json.loads(json.dumps(shown(Settings.load())))
     except errors.UsageError:

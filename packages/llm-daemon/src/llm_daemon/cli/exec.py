@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import shlex
 import shutil
 import signal
 import threading
@@ -11,6 +12,7 @@ from typing import Any
 
 import click
 
+from .. import errors
 from . import link
 from .words import load_options, note, quiet_option, subcommand
 
@@ -37,10 +39,13 @@ def command(model: str | None, load: dict[str, Any], quiet: bool, cmd: tuple[str
 
     CMD finds OPENAI_BASE_URL, OPENAI_API_KEY and OPENAI_MODEL in its environment. The model is loaded before it starts and held
     until it ends. Signals are passed on. The exit status is that of CMD, 128+N if signal N ended it, 127 if there is no
-    such program, 126 if it cannot be executed.
+    such program, 126 if it cannot be executed. Nobody can catch kill -9 of this command itself: CMD then goes on, and the model
+    is held no longer.
     """
     program = _find(cmd[0])
     if isinstance(program, int):
+        if program == NOT_FOUND and (how := _meant(cmd)):
+            note(f"  hint: {how}")
         return program
     with link.attach(model if model is not None else link.default_model(), quiet, **load) as lease:
         return _run(program, cmd, {**os.environ, **variables(lease)}, lease)
@@ -58,6 +63,16 @@ def _find(name: str) -> str | int:
     if os.path.dirname(name) and os.path.exists(name):
         return _refuse(name, "is a folder" if os.path.isdir(name) else "is not executable", NOT_EXECUTABLE)
     return _refuse(name, "no such program", NOT_FOUND)
+
+
+def _meant(cmd: tuple[str, ...]) -> str:
+    """What to type in place of `exec MODEL -- PROGRAM`; empty if no model is named so."""
+    try:
+        link.resolve(cmd[0])
+    except errors.LlmDaemonError:
+        return ""
+    rest = cmd[2:] if cmd[1:2] == ("--",) else cmd[1:]
+    return f"a model is named by an option: llm-daemon exec --model {shlex.join([cmd[0], '--', *(rest or ('PROGRAM',))])}"
 
 
 def _refuse(name: str, why: str, status: int) -> int:

@@ -68,7 +68,7 @@ def command(
     try:
         lease = link.attach(name, quiet, **load)
     except errors.UsageError as e:
-        if e.code == "unknown_model" and prompt and model is not None and not link.sync.is_path(model):
+        if e.code == "unknown_model" and prompt and model is not None and not _is_model(model):
             e.hint += f"; to ask the default model, put the whole question in quotes: {' '.join((model, *prompt))[:60]!r}"
         raise
     with lease:
@@ -88,11 +88,20 @@ def _is_question(text: str) -> bool:
     """Whether a lone argument is a prompt: it has a space in it and no model goes by it."""
     if not any(c.isspace() for c in text.strip()) or text.strip().endswith((".gguf", ".llamafile")):
         return False
+    return not _resolves(text)
+
+
+def _is_model(text: str) -> bool:
+    """Whether who wrote this meant a model: then one of the options is the unknown one."""
+    return link.sync.is_path(text) or _resolves(text)
+
+
+def _resolves(text: str) -> bool:
     try:
         link.resolve(text)
     except errors.UsageError:
-        return True
-    return False
+        return False
+    return True
 
 
 def readable(text: str) -> str:

@@ -61,7 +61,12 @@ def command(models: tuple[str, ...], port: int | None, show_key: bool, load: dic
             talk.close()
             _check_port(talk.welcome, port)
         os.environ["LLM_DAEMON_PORT"] = str(port)
-    leases = [link.attach(model, quiet, **load) for model in models] or [Presence()]
+    try:
+        leases = [link.attach(model, quiet, **load) for model in models] or [Presence()]
+    except errors.Unavailable as e:
+        if port is not None:  # the variable is how we hand it on
+            e.hint = e.hint.replace("environment variable LLM_DAEMON_PORT", "--port")
+        raise
     welcome = leases[0]._talk.welcome
     if port is not None:
         _check_port(welcome, port)  # somebody else may have started it meanwhile
