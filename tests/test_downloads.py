@@ -184,7 +184,7 @@ def test_a_disk_that_is_full(world: World, pulls: list[subprocess.Popen[str]], m
             ["/bin/sh", "-c", f'ulimit -f {SIZE // 1024}; exec "$0" "$@"', LLM_DAEMON, "models", "pull", web.url, "--quiet"],
             stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=60, check=False,
         )  # fmt: skip
-        assert limited.returncode == 2 and "the disk is full" in limited.stderr and "hint" in limited.stderr
+        assert limited.returncode == 75 and "the disk is full" in limited.stderr and "hint" in limited.stderr
         assert_nothing_there(world, web.url)
         assert world.llm_daemon("stop", "--force").returncode == 0  # that daemon has the limit too
         assert_pulled(world, pulls, web.url, model)

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from llm_daemon import errors
-from llm_daemon.cli import entry, link, main
+from llm_daemon.cli import entry, link, main, words
 
 from .conftest import Cli
 from .fakes import FakeDaemon
@@ -43,6 +43,21 @@ def test_nothing_from_outside_reaches_the_terminal_as_control(cli: Cli, daemon: 
     result = cli("load", "smollm2-135m")
     assert "\x1b" not in result.err and "\x07" not in result.err
     assert "\x1b" not in cli("who").out
+
+
+@pytest.mark.parametrize(
+    ("environ", "shown"),
+    [({}, "\x1b[2mso\x1b[0m\n"), ({"NO_COLOR": ""}, "\x1b[2mso\x1b[0m\n"), ({"NO_COLOR": "1"}, "so\n"), ({"TERM": "dumb"}, "so\n")],
+)
+def test_remarks_are_dim_where_that_is_wanted(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], environ: dict[str, str], shown: str
+) -> None:
+    monkeypatch.setattr(words, "is_terminal", lambda stream: True)
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    for name, value in ({"TERM": "xterm"} | environ).items():
+        monkeypatch.setenv(name, value)
+    words.note("so")
+    assert capsys.readouterr().err == shown
 
 
 def test_interrupted(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:

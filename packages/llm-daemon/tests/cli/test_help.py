@@ -75,6 +75,7 @@ def test_help_names_every_command(cli: Cli) -> None:
     assert (result.status, result.err) == (0, "")
     assert all(re.search(rf"^  {name} +\S", result.out, re.M) for name in COMMANDS)
     assert "Examples:" in result.out
+    assert "1 `doctor` found" in " ".join(result.out.split())
 
 
 def test_no_command_shows_help_and_is_wrong_use(cli: Cli) -> None:
@@ -96,6 +97,11 @@ def test_unknown_command_names_the_nearest(cli: Cli, typed: str, meant: str) -> 
     assert result.err == f"llm-daemon: no command {typed!r}\n  hint: did you mean `llm-daemon {meant}`?\n"
 
 
+@pytest.mark.parametrize("typed", ["chat", "ask"])
+def test_what_others_call_a_chat_is_found(cli: Cli, typed: str) -> None:
+    assert "hint: `llm-daemon run MODEL` is a chat" in cli(typed, "smollm2-135m").err
+
+
 def test_bench_says_where_it_is_when_it_is_not_here(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(main, "added", dict)
     result = cli("bench")
@@ -113,7 +119,7 @@ def test_commands_of_other_packages_are_found_and_listed(cli: Cli, monkeypatch: 
     "args",
     [
         ["ps", "--nonsense"], ["models", "show"], ["run", "m", "hi", "--max-tokens", "0"], ["run", "m", "x", "--temperature=nan"],
-        ["load", "m", "--context", "x"], ["serve", "--port", "70000"], ["exec"], ["env", "--shell", "csh"], ["models", "freeze"],
+        ["load", "m", "--context", "x"], ["serve", "--port", "70000"], ["exec"], ["env", "--shell", "csh"], ["env", "--json", "--shell", "fish"], ["models", "freeze"],
         ["models", "--json", "list"], ["run", "", "hi"], ["load", " "], ["env", ""], ["stop", ""],
     ],
 )  # fmt: skip

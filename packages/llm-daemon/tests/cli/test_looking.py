@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 import socket
 import struct
 import subprocess
@@ -427,6 +428,27 @@ def test_doctor_tells_which_settings_the_daemon_does_not_have_yet(cli: Cli, daem
     assert "hint: llm-daemon stop; the next use starts one that reads them anew" in cli("doctor").out
     (tmp_path / "config.toml").write_text("nonsense = 1\n")
     assert not any("settings" in text for _, text in findings(cli)["daemon"])
+
+
+@pytest.mark.usefixtures("two_engines")
+def test_doctor_sees_what_keeps_other_machines_out(cli: Cli, tmp_path: Path) -> None:
+    assert "other machines" not in findings(cli)
+    (tmp_path / "config.toml").write_text("tls_host = '127.0.0.1'\n")
+    assert findings(cli)["other machines"] == [("fail", "tls_host needs tls_cert too")]
+    assert cli("doctor").status == 1
+
+
+@pytest.mark.usefixtures("two_engines")
+def test_doctor_sees_a_full_disk_of_the_state_folder(cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "state").mkdir()
+    usage = shutil.disk_usage(tmp_path)
+    free = {str(tmp_path / "state"): 0}
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=free.get(str(path), 10**12)))
+    found = findings(cli)
+    assert found["state folder"][0][0] == "warn" and found["state folder"][0][1].endswith(
+        "0 B free: logs and the request history are lost"
+    )
+    assert found["cache folder"][0][0] == "ok"
 
 
 @pytest.mark.usefixtures("two_engines")

@@ -103,6 +103,7 @@ def test_explain_of_a_file_that_is_none(cli: Cli) -> None:
     Path(paths.history_file()).write_text("no database " * 100)
     result = cli("explain")
     assert result.status == 75 and "cannot read the request history" in result.err
+    assert "hint: the next use of a model puts it aside, as history.sqlite.broken" in result.err
 
 
 def test_ui_prints_the_address(cli: Cli, daemon: FakeDaemon, monkeypatch: pytest.MonkeyPatch) -> None:

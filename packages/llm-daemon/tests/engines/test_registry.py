@@ -83,7 +83,7 @@ def test_choose(fake_model: Callable[..., str], monkeypatch: pytest.MonkeyPatch,
     assert (missing.value.code, missing.value.hint) == ("engine_missing", "look elsewhere")
     with pytest.raises(UsageError, match="not a scenario") as refused:
         registry.choose("x.gguf")
-    assert refused.value.code == "bad_model"
+    assert refused.value.code == "bad_model" and "Git LFS pointer" in refused.value.hint
 
 
 def test_no_engine_at_all(monkeypatch: pytest.MonkeyPatch) -> None:

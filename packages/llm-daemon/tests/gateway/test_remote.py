@@ -90,8 +90,10 @@ def test_every_route_needs_the_users_own_key(run: Any, world: Any, made: Path) -
                     assert (await client.ask(method, path, token=token, **body)).status == 401, (path, token)
                 assert (await client.ask(method, path, token=KEY, **body)).status == 200
             assert {ask.via for ask in w.desk.log.all("open")} == {"tls"}
+            assert "tls_token_file" in (await client.ask(token=TOKEN)).error["hint"]
             local = await w.client()
-            assert (await local.ask(token=KEY)).status == 401
+            wrong = await local.ask(token=KEY)
+            assert (wrong.status, "llm-daemon env" in wrong.error["hint"]) == (401, True)
             assert (await local.ask()).status == 200
 
     run(main())
@@ -296,8 +298,8 @@ def refusal(folder: Path, **change: Any) -> str:
 @pytest.mark.parametrize("name", ["tls_cert", "tls_key", "tls_token_file"])
 def test_each_file_must_be_there(made: Path, name: str) -> None:
     assert name in refusal(made, **{name: None})
-    assert name in refusal(made, **{name: made / "absent"})
-    assert name in refusal(made, **{name: made})
+    for path, why in ((made / "absent", "No such file"), (made, "Is a directory")):
+        assert f"{name} {path} cannot be read: {why}" in refusal(made, **{name: path})
 
 
 @needs_openssl

@@ -187,7 +187,7 @@ def wrapper(tmp_path: Path, before: str) -> str:
 def test_a_disk_that_fills_up_midway(server: Server, packed: Packed, env: dict[str, str], tmp_path: Path) -> None:
     root = tmp_path / "store"
     small = wrapper(tmp_path, "ulimit -f 200")  # blocks of 512 or 1024 bytes, by shell: a part of the 300 kB in any case
-    with pytest.raises(UsageError) as caught:
+    with pytest.raises(Unavailable) as caught:
         fetch_sync(packed.artifact, root, env=env, python=small)
     assert caught.value.code == "disk_full" and str(root) in caught.value.message
     assert f"{len(packed.weights):,}" in caught.value.message

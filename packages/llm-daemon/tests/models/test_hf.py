@@ -273,7 +273,7 @@ def test_a_disk_that_fills_up_midway(bench: Bench, model: bytes, tmp_path: Path)
     python.write_text(f'#!/bin/sh\nulimit -f 200\nexec "{sys.executable}" "$@"\n')
     python.chmod(0o755)
     bench.put("tiny.Q4_0.gguf", model)
-    with pytest.raises(UsageError) as caught:
+    with pytest.raises(Unavailable) as caught:
         fetch_sync(hf.resolve(f"{REPO}:Q4_0"), bench.root, env=bench.env, python=str(python))
     assert (
         caught.value.code == "disk_full"

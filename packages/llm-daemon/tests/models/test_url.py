@@ -263,7 +263,7 @@ def test_a_disk_that_fills_up_midway(web: Web, model: bytes, tmp_path: Path) -> 
     python.chmod(0o755)
     web.files["/m.gguf"] = model
     artifact, root = url.resolve(f"{web.url}/m.gguf"), tmp_path / "store"
-    with pytest.raises(UsageError) as caught:
+    with pytest.raises(Unavailable) as caught:
         fetch_sync(artifact, root, python=str(python))
     assert (
         caught.value.code == "disk_full"

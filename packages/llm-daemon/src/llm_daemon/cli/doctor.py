@@ -23,10 +23,11 @@ from ..daemon.boot import network_filesystem
 from ..daemon.identity import port_holder
 from ..daemon.status import shown
 from . import link
-from .words import as_json, clean, json_option, size, subcommand
+from .words import as_json, clean, json_option, say_styled, size, subcommand
 
 OK, WARN, FAIL = "ok", "warn", "fail"
 SCARCE, TOO_LITTLE = 5e9, 200e6  # bytes free for models: less than one of usual size; less than the starter model needs
+FULL = 10e6  # bytes free for logs and history: some days of them
 SLOW = 0.25  # seconds for an answer of the daemon; it takes one or two thousandths
 
 
@@ -60,7 +61,7 @@ def command(ctx: click.Context, json_: bool) -> None:
         as_json({"ok": not failed, "findings": [asdict(f) for f in findings]})
     else:
         for f in findings:
-            click.secho(f"{f.state:<5}", nl=False, fg={OK: "green", WARN: "yellow", FAIL: "red"}[f.state])
+            say_styled(f"{f.state:<5}", sys.stdout, fg={OK: "green", WARN: "yellow", FAIL: "red"}[f.state])
             click.echo(f"{f.name}: {clean(f.text)}")
             if f.hint:
                 click.echo(f"     hint: {clean(f.hint)}")
@@ -143,8 +144,19 @@ def _state(_: Settings) -> Found:
     state, text, _hint = _writable(path)
     if state == FAIL:  # logs then go to the runtime folder
         yield WARN, f"{text}: logs go to {paths.log_dirs()[-1]}", "set LLM_DAEMON_STATE_DIR to a folder that you can write"
+        return
+    free = _free(path)
+    if free < FULL:
+        yield WARN, f"{text}, {size(free)} free: logs and the request history are lost", "free some space on its disk"
     else:
         yield OK, text, ""
+
+
+def _free(path: str) -> int:
+    """Bytes on the disk of a folder that may be still to be made."""
+    while not os.path.exists(path):
+        path = os.path.dirname(path)
+    return shutil.disk_usage(path).free
 
 
 def _cache(_: Settings) -> Found:
@@ -153,10 +165,7 @@ def _cache(_: Settings) -> Found:
     if state == FAIL:
         yield FAIL, text, "set LLM_DAEMON_CACHE_DIR to a folder that you can write"
         return
-    there = path
-    while not os.path.exists(there):
-        there = os.path.dirname(there)
-    free = shutil.disk_usage(there).free
+    free = _free(path)
     text += f", {size(free)} free"
     if free < SCARCE:
         hint = "`llm-daemon models` shows what can go; LLM_DAEMON_CACHE_DIR names another disk"
@@ -223,6 +232,16 @@ def _port(settings: Settings) -> Found:
     yield OK, f"{host}:{port} is free", ""
 
 
+def _other_machines(settings: Settings) -> Found:
+    """Nothing, unless they are let in."""
+    if settings.tls_host:
+        from ..daemon import remote
+
+        remote.context(settings)
+        remote.key(settings)
+        yield OK, f"they are let in at {settings.tls_host} port {settings.tls_port}, with TLS and a key", ""
+
+
 def _engines(settings: Settings) -> Found:
     from .engines import look
 
@@ -278,6 +297,7 @@ CHECKS: dict[str, Callable[[Settings], Any]] = {
     "cache folder": _cache,
     "daemon": _daemon,
     "port": _port,
+    "other machines": _other_machines,
     "engine": _engines,
     "engine weaknesses": _weaknesses,
     "openmp": _openmp,

@@ -23,22 +23,22 @@ from .words import is_terminal, load_options, note, subcommand
     """,
 )
 @click.argument("model", required=False)
-@click.option(
-    "--shell", type=click.Choice(["sh", "fish", "json"]), default="sh", show_default=True, help="Whose syntax to print."
-)
+@click.option("--shell", type=click.Choice(["sh", "fish", "json"]), show_default="sh", help="Whose syntax to print.")
 @click.option("--json", "json_", is_flag=True, help="The same as --shell json.")
 @click.option(
     "--pid", type=click.IntRange(min=1), metavar="PID", help="Keep the endpoint while this process lives, not the caller."
 )
 @load_options
-def command(model: str | None, shell: str, json_: bool, pid: int | None, load: dict[str, Any]) -> None:
+def command(model: str | None, shell: str | None, json_: bool, pid: int | None, load: dict[str, Any]) -> None:
     """Print variables that point a shell's programs to a model.
 
     Sets OPENAI_BASE_URL, OPENAI_API_KEY and OPENAI_MODEL. The endpoint stays up until the shell that called this ends;
     the model is loaded by the first request. The default model is taken if none is named.
     """
+    if json_ and shell not in (None, "json"):
+        raise click.UsageError(f"--json and --shell {shell} exclude each other", click.get_current_context())
+    shell = "json" if json_ else shell or "sh"
     spec = link.resolve(model if model is not None else link.default_model(), **load)
-    shell = "json" if json_ else shell
     talk = link.sync.connect()
     try:
         link.call(talk, "hold", pid=pid or caller())

@@ -40,8 +40,8 @@ COMMANDS = {
 BROKEN_PIPE = 141  # 128 + SIGPIPE: what a shell sees of any program whose reader has left
 OUTPUT = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)  # of a write to what stands behind `>`
 ENDINGS = (
-    "Exit status: 0 fine, 2 wrong usage, 69 the engine's fault, 70 our bug, 75 try again later, 130 interrupted. "
-    "Errors go to stderr with a hint."
+    "Exit status: 0 fine, 1 `doctor` found a failure, 2 wrong usage, 69 the engine's fault, 70 our bug, 75 try again later, "
+    "130 interrupted. Errors go to stderr with a hint."
 )
 
 
@@ -73,6 +73,8 @@ class Cli(click.Group):
             hint = f"did you mean `llm-daemon {near[0]}`?" if near else "`llm-daemon --help` lists the commands"
             if args[0] == "bench":
                 hint = "pip install llm-daemon-bench"
+            elif args[0] in ("chat", "ask"):
+                hint = "`llm-daemon run MODEL` is a chat, `llm-daemon run MODEL PROMPT` asks once"
             raise click.UsageError(f"no command {args[0]!r}\n  hint: {hint}", ctx)
         return super().resolve_command(ctx, args)
 

@@ -14,7 +14,7 @@ import click
 from .. import errors
 from . import link
 from .ask import Answer, ask
-from .words import clean, count, duration, is_terminal, json_option, load_options, note, quiet_option, subcommand
+from .words import clean, count, duration, is_terminal, json_option, load_options, note, quiet_option, say_styled, subcommand
 
 HOW = 'llm-daemon run MODEL "your question"'
 PATIENCE = 2.0  # seconds of silence on stdin until we say that we wait for it
@@ -170,7 +170,7 @@ def say(piece: str) -> None:
 def think(piece: str) -> None:
     """Reasoning is shown to a person, dim, and is no part of the answer."""
     if is_terminal(sys.stderr):
-        click.secho(clean(piece, keep="\n\t"), err=True, nl=False, dim=True)
+        say_styled(clean(piece, keep="\n\t"), sys.stderr, dim=True)
 
 
 def closing_line(lease: Any, answer: Answer | None) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import os
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -87,10 +88,23 @@ def is_terminal(stream: Any) -> bool:
         return False
 
 
+def is_styled(stream: Any) -> bool:
+    """Whether what is dim or coloured shall be so there: to a person, on a terminal that can, who does not want it otherwise.
+
+    NO_COLOR as on no-color.org: set to anything but the empty string.
+    """
+    return is_terminal(stream) and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
+
+
 def note(text: str, quiet: bool = False) -> None:
     """A dim line on stderr: about the work, not part of the answer."""
     if not quiet:
-        click.secho(clean(text), err=True, dim=is_terminal(sys.stderr))
+        say_styled(clean(text), sys.stderr, nl=True, dim=True)
+
+
+def say_styled(text: str, stream: Any, nl: bool = False, **style: Any) -> None:
+    """Prints to stdout or stderr, in a style of `click.style` where that is wanted."""
+    click.secho(text, nl=nl, err=stream is sys.stderr, color=is_styled(stream), **style)
 
 
 def subcommand(name: str, examples: str, **settings: Any) -> Callable[[Callable[..., Any]], click.Command]:

@@ -67,12 +67,10 @@ class Guard:
         if open_to_all or self._token is None or hmac.compare_digest(headers.get(b"authorization", b""), self._usual):
             return None
         if not self._is_token(request, self._token):
-            return UsageError(
-                "the API key is missing or wrong",
-                code="bad_token",
-                status=401,
-                hint="send `Authorization: Bearer TOKEN`; `llm-daemon env MODEL` prints the token",
-            )
+            is_remote = self._scheme == b"https"  # whose key is another
+            where = "it is in the file that the setting tls_token_file names" if is_remote else "`llm-daemon env MODEL` prints it"
+            hint = f"send `Authorization: Bearer TOKEN`; {where}"
+            return UsageError("the API key is missing or wrong", code="bad_token", status=401, hint=hint)
         return None
 
     def is_allowed_origin(self, value: bytes) -> bool:

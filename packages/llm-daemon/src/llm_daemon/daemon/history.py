@@ -219,7 +219,9 @@ def _read(
             db.execute("pragma query_only = on")
             rows = db.execute(text + " order by n desc limit :limit", {**given, "until": until, "limit": limit}).fetchall()
     except sqlite3.Error as e:
-        raise Unavailable(f"cannot read the request history {path}: {e}", code="history") from e
+        hint = f"the next use of a model puts it aside, as {os.path.basename(path)}.broken, and begins a new one"
+        hint = hint if _is_broken(e) else ""
+        raise Unavailable(f"cannot read the request history {path}: {e}", code="history", hint=hint) from e
     for time, record in rows:
         with suppress(msgspec.DecodeError):
             yield {"time": time, **msgspec.json.decode(record)}

@@ -8,7 +8,6 @@ from __future__ import annotations
 import os
 import socket
 import ssl
-from contextlib import suppress
 
 from ..config import Settings
 from ..errors import Unavailable, UsageError
@@ -41,9 +40,14 @@ def bind(settings: Settings) -> socket.socket:
 def context(settings: Settings) -> ssl.SSLContext:
     """Raises UsageError (`bad_config`) if certificate or key cannot be used."""
     cert, private = _file(settings, "tls_cert"), _file(settings, "tls_key")
-    with suppress(OSError):  # a missing one is told below; a group may share one, as Debian's ssl-cert does
-        if os.stat(private).st_mode & 0o007:
-            raise _bad(f"tls_key {private} can be read by everybody", f"chmod 600 {private}")
+    for name, path in (("tls_cert", cert), ("tls_key", private)):  # OpenSSL does not tell which of the two it is
+        try:
+            with open(path, "rb") as f:
+                mode = os.fstat(f.fileno()).st_mode
+        except OSError as e:
+            raise _bad(f"{name} {path} cannot be read: {e.strerror}", f"it was set by {settings.origin(name)}") from None
+    if mode & 0o007:  # a group may share one, as Debian's ssl-cert does
+        raise _bad(f"tls_key {private} can be read by everybody", f"chmod 600 {private}")
     made = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     made.minimum_version = ssl.TLSVersion.TLSv1_2
     made.options |= ssl.OP_NO_RENEGOTIATION  # each costs us more than it costs a client; OpenSSL 3 does so by itself

@@ -107,7 +107,8 @@ class Registry:
             )
         if not refused:
             raise EngineError("no engine is installed", code="engine_missing", hint='pip install "llm-daemon[llamacpp]"')
-        raise UsageError(f"no engine can load {path} ({self._reasons(refused)})", code="bad_model")
+        hint = "is it the model itself? A web page or a Git LFS pointer may have been saved in its place: fetch it anew"
+        raise UsageError(f"no engine can load {path} ({self._reasons(refused)})", code="bad_model", hint=hint)
 
     def _reasons(self, refused: list[tuple[str, str]]) -> str:
         """Those of the engines that are here, or of all if none is; one reason once."""

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..errors import LlmDaemonError, UsageError
+from ..errors import LlmDaemonError, Unavailable, UsageError
 from ..spec import Artifact
 
 _INTERVAL = 0.1  # seconds between two progress reports of one phase
@@ -78,7 +78,7 @@ class Delivery:
         return self._sha256 or self._hash.hexdigest()
 
     def need(self, size: int, folder: Path | None = None) -> None:
-        """Raises UsageError (`disk_full`) unless `size` more bytes fit on the disk of `folder`, our own by default."""
+        """Raises Unavailable (`disk_full`) unless `size` more bytes fit on the disk of `folder`, our own by default."""
         folder, self.asked = folder or self.folder, size
         free = shutil.disk_usage(folder).free
         if size > free:
@@ -136,8 +136,8 @@ class Delivery:
                 part.unlink()
 
 
-def disk_full(folder: Path, needed: int, free: int) -> UsageError:
-    return UsageError(
+def disk_full(folder: Path, needed: int, free: int) -> Unavailable:
+    return Unavailable(
         f"the disk is full: {folder} needs {needed:,} bytes and has {free:,}",
         code="disk_full",
         status=507,

@@ -43,8 +43,8 @@ async def fetch(
     fetches of one artifact, in any processes, download once.  Cancelling ends the helper and keeps what was downloaded: the next
     fetch resumes.  A GGUF file in place is checked by its header.
 
-    Raises UsageError (`bad_model`, `hash_mismatch`, `disk_full`, `cache_unwritable`, `no_such_package`, ...) and Unavailable
-    (`download_failed`).
+    Raises UsageError (`bad_model`, `hash_mismatch`, `cache_unwritable`, `no_such_package`, ...) and Unavailable
+    (`download_failed`, `disk_full`).
     """
     if path := Store(root).path(artifact):
         if artifact.source == "file" and path.suffix.lower() == ".gguf":

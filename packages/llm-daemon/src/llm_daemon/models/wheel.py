@@ -81,8 +81,8 @@ def download(
     """Fills `part` with the file at `link`, going on where an earlier try stopped, and compares its hash.
 
     Resuming needs a hash: without one nobody could tell whether the file changed meanwhile.  A cut connection is taken up
-    again at once as long as each try brings something.  Raises Unavailable (`download_failed`), which keeps `part`, and
-    UsageError (`hash_mismatch`, `bad_model`, `disk_full`).
+    again at once as long as each try brings something.  Raises Unavailable (`download_failed`, `disk_full`), which keeps
+    `part`, and UsageError (`hash_mismatch`, `bad_model`).
     """
     if sha256 is None:
         part.unlink(missing_ok=True)
