@@ -47,7 +47,12 @@ def test_nothing_from_outside_reaches_the_terminal_as_control(cli: Cli, daemon: 
 
 @pytest.mark.parametrize(
     ("environ", "shown"),
-    [({}, "\x1b[2mso\x1b[0m\n"), ({"NO_COLOR": ""}, "\x1b[2mso\x1b[0m\n"), ({"NO_COLOR": "1"}, "so\n"), ({"TERM": "dumb"}, "so\n")],
+    [
+        ({}, "\x1b[2mso\x1b[0m\n"),
+        ({"NO_COLOR": ""}, "\x1b[2mso\x1b[0m\n"),
+        ({"NO_COLOR": "1"}, "so\n"),
+        ({"TERM": "dumb"}, "so\n"),
+    ],
 )
 def test_remarks_are_dim_where_that_is_wanted(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], environ: dict[str, str], shown: str
