@@ -121,7 +121,6 @@ def test_commands_of_other_packages_are_found_and_listed(cli: Cli, monkeypatch: 
         ["ps", "--nonsense"], ["models", "show"], ["run", "m", "hi", "--max-tokens", "0"], ["run", "m", "x", "--temperature=nan"],
         ["load", "m", "--context", "x"], ["serve", "--port", "70000"], ["exec"], ["env", "--shell", "csh"], ["models", "freeze"],
         ["models", "--json", "list"], ["run", "", "hi"], ["load", " "], ["env", ""], ["stop", ""],
-        ["env", "--json", "--shell", "fish"],
     ],
 )  # fmt: skip
 def test_wrong_use_is_one_line_and_a_hint(cli: Cli, args: list[str]) -> None:

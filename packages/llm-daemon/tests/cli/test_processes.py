@@ -112,7 +112,9 @@ def test_env_in_other_forms(cli: Cli, daemon: FakeDaemon) -> None:
     fish = cli("env", "smollm2-135m?context=512", "--shell", "fish", "--pid", "1234").out
     assert "set -gx OPENAI_MODEL 'smollm2-135m?context=512'\n" in fish
     assert daemon.calls("hold") == [{"pid": 1234}]
-    values = json.loads(cli("env", "--json").out)
+    values = json.loads(cli("env", "--json", "--shell", "json").out)
+    result = cli("env", "--json", "--shell", "fish")
+    assert (result.status, result.out) == (2, "") and "--json and --shell fish exclude each other" in result.err
     assert values == {"OPENAI_BASE_URL": daemon.welcome["base_url"], "OPENAI_API_KEY": KEY, "OPENAI_MODEL": "smollm2-135m"}
 
 
