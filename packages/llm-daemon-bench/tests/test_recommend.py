@@ -220,6 +220,14 @@ def test_a_file_that_cannot_be_changed_stays_as_it_is(tmp_path: Path, info: Targ
     assert file.read_text() == text and os.listdir(tmp_path).count("c.toml.bak") == 0 and not list(tmp_path.glob("c.toml.*"))
 
 
+@pytest.mark.parametrize("name", ["", " ", "bad name?", "a@Q4", "./m", "m.gguf"])
+def test_a_name_that_nobody_can_ask_for_is_not_written(tmp_path: Path, info: TargetInfo, name: str) -> None:
+    file = tmp_path / "c.toml"
+    with pytest.raises(UsageError, match="nobody can ask for a model called") as caught:
+        apply(info, name=name, file=str(file))
+    assert "--as" in caught.value.hint and not file.exists()
+
+
 def test_a_target_without_an_engine_cannot_be_applied(tmp_path: Path, info: TargetInfo) -> None:
     with pytest.raises(UsageError, match="no engine"):
         apply(msgspec.structs.replace(info, engine=None), file=str(tmp_path / "c.toml"))

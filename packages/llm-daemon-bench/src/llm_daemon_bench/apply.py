@@ -17,7 +17,7 @@ import tomlkit
 from tomlkit.exceptions import TOMLKitError
 
 from llm_daemon import paths
-from llm_daemon.config import Settings
+from llm_daemon.config import NAMES, Settings, askable
 from llm_daemon.errors import UsageError
 from llm_daemon.models.catalog import Catalog
 from llm_daemon.models.store import Store
@@ -74,11 +74,15 @@ def _means(wish: Wish, path: str | None, user_catalog: MutableMapping[str, Any])
 def apply(info: TargetInfo, *, name: str | None = None, file: str | None = None) -> Applied:
     """Sets `catalog.NAME` (the target's model, unless a name is given) to the choice, and `default_model` to NAME.
 
-    Raises UsageError for a target that the daemon cannot serve, a broken file or a name that is taken by a table of the
-    user's own, and MachineError if the file cannot be written; the file is then as it was.
+    Raises UsageError for a target that the daemon cannot serve, a broken file and a name that is taken by a table of the
+    user's own or cannot be asked for, and MachineError if the file cannot be written; the file is then as it was.
     """
     path = Path(os.path.realpath(file or paths.config_file()))
-    name = name or info.model
+    name = info.model if name is None else name
+    if not askable(name):
+        raise UsageError(
+            f"nobody can ask for a model called {name!r}", code="cannot_apply", hint=f"choose another name with --as: {NAMES}"
+        )
     before = _read(path)
     try:
         document = tomlkit.parse(before or "")
