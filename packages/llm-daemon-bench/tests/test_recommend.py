@@ -196,6 +196,18 @@ def test_a_name_of_the_catalog_is_kept_where_it_means_the_same_weights(info: Tar
     assert str(wish_for(other)).startswith(str(tmp_path / "w.gguf"))
 
 
+def test_what_was_fetched_is_written_by_its_name(info: TargetInfo, tmp_path: Path) -> None:
+    artifact = info.artifact
+    assert artifact
+    gone = msgspec.structs.replace(artifact, path=str(tmp_path / "deleted.gguf"))
+    for name in ("smollm2-135m", "hf:org/repo:Q4_K_M"):
+        fetched = msgspec.structs.replace(info, weights=name, artifact=gone)
+        assert str(wish_for(fetched)) == f"{name}?engine=llama-server"
+    other = msgspec.structs.replace(info, weights="smollm2-135m")  # the name means another file by now
+    for kept in (other, msgspec.structs.replace(info, weights=artifact.path)):
+        assert str(wish_for(kept)) == f"{artifact.path}?engine=llama-server"
+
+
 def test_a_link_stays_a_link(tmp_path: Path, info: TargetInfo) -> None:
     (tmp_path / "dotfiles").mkdir()
     real, link = tmp_path / "dotfiles" / "c.toml", tmp_path / "c.toml"

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import tempfile
 from collections.abc import MutableMapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +40,7 @@ class Applied:
 def wish_for(info: TargetInfo, user_catalog: MutableMapping[str, Any] | None = None) -> Wish:
     """The wish that `attach` turns into this target's weights and engine.  Raises UsageError (`cannot_apply`).
 
-    By the catalog's name where that means these very weights, else by the file's absolute path.
+    By the catalog's name or the source where that means these very weights, else by the file's absolute path.
     """
     if not info.engine:
         raise UsageError(
@@ -48,11 +48,16 @@ def wish_for(info: TargetInfo, user_catalog: MutableMapping[str, Any] | None = N
             hint="`llm-daemon engines` lists them; any other server can be an engine of kind `command`",
         )  # fmt: skip
     path = os.path.abspath(os.path.expanduser(info.artifact.path)) if info.artifact else None
+    there = path is not None and os.path.exists(path)
+    if info.weights and not info.weights.startswith("/"):
+        wish = replace(Wish.parse(info.weights), engine=info.engine)
+        if _means(wish, path if there else None, user_catalog or {}):  # what was fetched may be fetched again
+            return wish
     named = Wish(info.model, quant=info.quant or None, engine=info.engine)
     for wish in (named, Wish(info.model, engine=info.engine)):
         if _means(wish, path, user_catalog or {}):
             return wish
-    if path is None or not os.path.exists(path):
+    if path is None or not there:
         raise UsageError(f"no weights are known for {info.id}", code="cannot_apply", hint="name the model in the catalog")
     return Wish(path, engine=info.engine)
 

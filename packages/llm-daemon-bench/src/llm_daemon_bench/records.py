@@ -200,7 +200,10 @@ class Artifact(Record, frozen=True, kw_only=True):
 
 
 class TargetInfo(Record, frozen=True, kw_only=True):
-    """One target as it was run.  `argv`: with `{port}` and the like left open; `command`: what a person would type."""
+    """One target as it was run.  `argv`: with `{port}` and the like left open; `command`: what a person would type.
+
+    `weights`: what llm-daemon calls them (a name of its catalog, `hf:org/repo:Q4_K_M`, a file's path), "" if it was not asked.
+    """
 
     id: str
     server: ServerRef
@@ -209,6 +212,7 @@ class TargetInfo(Record, frozen=True, kw_only=True):
     model: str
     params: str = ""
     quant: str
+    weights: str = ""
     artifact: Artifact | None = None
     argv: tuple[str, ...] = ()
     command: str = ""

@@ -86,6 +86,7 @@ def command(
             click.echo(clean(f"  {advice.winner.info.command}"))
     if applied:
         click.echo(clean(f"{applied['file']}: {applied['name']} now means {applied['wish']}, and is the default model"))
+        click.echo("  a daemon that runs already learns it when it was stopped (`llm-daemon stop`)")
         if applied["backup"]:
             click.echo(clean(f"  the file as it was: {applied['backup']}"))
 
