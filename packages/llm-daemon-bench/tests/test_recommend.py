@@ -56,7 +56,7 @@ def test_each_rejected_target_has_one_reason(three: Results) -> None:
     reasons = {c.info.id: c.reason for c in advice.rejected}
     assert reasons.keys() == {F, G, S} and advice.winner is None
     assert reasons[S].startswith("chat.first_token p50 9") and reasons[S].endswith(" > 400")
-    assert reasons[G] == "memory 900 MiB > 800"
+    assert reasons[G] == "memory 900 MiB > 800 MiB"
     assert reasons[F].startswith("extract-json right ") and reasons[F].endswith("of 18, wanted 95%")
     assert next(advice_lines(advice)) == "No target meets all limits."
 
@@ -95,6 +95,15 @@ def test_never_reached_and_never_run(tmp_path: Path) -> None:
     reasons = {c.info.id: c.reason for c in advice.rejected}
     assert reasons[G] == "extract-json.total p50 not reached > 9000" and reasons[S] == "extract-json: never ran to its end"
     assert ids(advice.ranked) == [F]
+
+
+def test_what_too_few_trials_did_not_reach_is_told_in_a_sentence(tmp_path: Path) -> None:
+    few = simulate(tmp_path / "few", {F: replace(FAST, never={"total": 1.0})}, (EXTRACT,), launches=1, trials=4)
+    [one] = recommend(few, slos("extract-json.total:p50<=9000")).undecided
+    assert one.reason == "extract-json.total p50 not reached: 0 of 4 reached it; limit 9000"
+    some = simulate(tmp_path / "some", {F: replace(FAST, never={"total": 0.4})}, (EXTRACT,))
+    [two] = recommend(some, slos("extract-json.total:p50<=9000")).undecided
+    assert "not reached to" not in two.reason and two.reason.endswith(" to never; limit 9000")
 
 
 def test_who_never_ran_wins_nothing(tmp_path: Path) -> None:
