@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -21,6 +22,9 @@ pytest_plugins = ["llm_daemon.testing.plugin"]
 # Models are large and never change: they are fetched once for all sessions, unless the environment names a place.
 MODELS = Path(__file__).parent / ".cache" / "models"
 
+
+# What a shell starts in the background ignores Ctrl-C, and so do its children: some tests are about just that.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # No time limit for a single example: on a busy machine any of them may take longer than the usual 200 ms.
 settings.register_profile("patient", settings.get_profile(settings.get_current_profile_name()), deadline=None)

@@ -40,6 +40,7 @@ def own_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config.write_text('[engines.fake]\nadapter = "llm_daemon.testing.fake_engine:FakeEngine"\n')
     monkeypatch.setenv("LLM_DAEMON_CONFIG", str(config))
     monkeypatch.setenv("TERM", "dumb")
+    monkeypatch.setattr("psutil.getloadavg", lambda: (0.5, 0.5, 0.5))  # whatever else goes on here
     monkeypatch.chdir(tmp_path)
 
 

@@ -10,6 +10,7 @@ import sys
 import tomllib
 from importlib import metadata
 from pathlib import Path
+from types import SimpleNamespace
 
 import click
 import pytest
@@ -17,7 +18,7 @@ import pytest
 import llm_daemon_bench
 from llm_daemon.cli import main as front
 from llm_daemon.cli.main import run
-from llm_daemon_bench import suite as suites
+from llm_daemon_bench import results, suite as suites
 from llm_daemon_bench.cli import VERBS, command, doctor
 from llm_daemon_bench.cli.doctor import Finding
 
@@ -68,6 +69,9 @@ def test_bench_is_a_command_of_the_daemon_and_a_script_of_its_own(capsys: pytest
         (["run", "s.toml", "--target", "x/*"], 2, "no target 'x/*' in this suite"),
         (["run", "s.toml", "--case", "nothing"], 2, "no case 'nothing' in this suite"),
         (["run", "s.toml", "--out", "s.toml/x"], 3, "cannot write"),
+        (["init", "x.toml", "--model", "nope"], 2, "unknown model 'nope'"),
+        (["init", "x.toml", "--model", "smollm2-135m", "--model", "./state"], 2, "no model file"),
+        (["init", "x.toml", "--model", "."], 2, "is a folder without a model"),
         (["show"], 2, "no session in results"),
         (["show", "20000101-1"], 2, "no session '20000101-1' in results"),
     ],
@@ -79,7 +83,7 @@ def test_wrong_use_is_one_line_and_a_hint(
     assert run(["bench", *args]) == status
     said = capsys.readouterr().err
     assert re.fullmatch(r"llm-daemon: [^\n]+\n  hint: [^\n]+\n", said), said
-    assert words in said
+    assert words in said and not Path("x.toml").exists()
 
 
 def test_run_list_and_show_speak_to_people_and_scripts(write: Write, capsys: pytest.CaptureFixture[str]) -> None:
@@ -87,6 +91,7 @@ def test_run_list_and_show_speak_to_people_and_scripts(write: Write, capsys: pyt
     assert run(["bench", "run", str(path), "--json"]) == 0
     told = json.loads(capsys.readouterr().out)
     assert (told["trials"], told["errors"], told["lost"]) == (2, 0, {})
+    assert results.load(told["folder"]).session.held == 2
     assert run(["bench", "list", "--json"]) == 0
     (row,) = json.loads(capsys.readouterr().out)["sessions"]
     assert (row["id"], row["trials"], row["targets"], row["cases"]) == (told["session"], 2, ["a/m0/q"], ["hello"])
@@ -108,6 +113,17 @@ def test_run_list_and_show_speak_to_people_and_scripts(write: Write, capsys: pyt
     assert re.search(r"^a/m0/q +1( +[\d.]+){5}$", said, re.M)
 
 
+def test_run_and_report_tell_once_that_the_machine_was_busy(
+    write: Write, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("psutil.getloadavg", lambda: (99999.0, 1.0, 1.0))
+    path = write({"a": {}}, suite="trials = 1\nlaunches = 1\nwarmup = 0")
+    assert run(["bench", "run", str(path)]) == 0
+    assert capsys.readouterr().err.count("the machine was busy: before 1 of 1 trials") == 1
+    assert run(["bench", "report", "--markdown", "-"]) == 0
+    assert capsys.readouterr().out.count("the machine was busy") == 1
+
+
 def test_show_names_what_went_wrong(write: Write, capsys: pytest.CaptureFixture[str]) -> None:
     path = write({"a": {"error_status": 500}}, suite="trials = 1\nlaunches = 1\nwarmup = 0")
     assert run(["bench", "run", str(path), "--quiet"]) == 0
@@ -117,6 +133,7 @@ def test_show_names_what_went_wrong(write: Write, capsys: pytest.CaptureFixture[
 
 
 def test_init_writes_a_suite_that_can_be_read(capsys: pytest.CaptureFixture[str]) -> None:
+    Path("other.gguf").write_bytes(b"GGUF")
     assert run(["bench", "init", "desk/mine.toml", "--model", "smollm2-135m", "--model", "./other.gguf"]) == 0
     found = suites.load("desk/mine.toml")
     assert [c.id for c in found.cases] == ["code-line", "chat-two-turns", "extract-json"]
@@ -143,6 +160,19 @@ def test_doctor_looks_at_this_machine(tmp_path: Path, monkeypatch: pytest.Monkey
     found = {f.what: f for f in doctor.look(tmp_path / "not" / "there")}
     assert set(found) == {"cores", "clock", "load", "memory", "power", "disk", "client", "energy"}
     assert all(f.said for f in found.values())
+
+
+def test_doctor_names_who_can_be_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows: list[tuple[str, float, list[str] | None]] = [("kdamond.0", 90, []), ("browser", 50, ["browser"]), ("hidden", 60, None)]
+    found = [
+        SimpleNamespace(info={"name": name, "cpu_times": SimpleNamespace(user=used, system=1.0), "cmdline": line})
+        for name, used, line in rows
+    ]
+    monkeypatch.setattr("psutil.process_iter", lambda attrs: found)
+    assert doctor.load(0.9).hint.endswith("most CPU time so far: hidden, browser")
+    for n, said in ((2, "get 1 thread,"), (4, "get 3 threads,")):
+        monkeypatch.setattr(doctor, "usable_cores", lambda n=n: n)
+        assert said in doctor.cores().said
 
 
 def test_doctor_knows_good_from_bad() -> None:

@@ -12,8 +12,10 @@ from pathlib import Path
 import psutil
 import pytest
 
+from llm_daemon.models.catalog import Catalog
+from llm_daemon.spec import Wish
 from llm_daemon_bench import machine, meter, plan, servers, suite as suites
-from llm_daemon_bench.artifacts import Finder, drop_from_page_cache
+from llm_daemon_bench.artifacts import Finder, Weights, drop_from_page_cache
 from llm_daemon_bench.client import Endpoint
 from llm_daemon_bench.display import Display, Pace
 from llm_daemon_bench.process import Died, Process
@@ -192,6 +194,11 @@ def test_hashes_are_remembered_until_a_file_changes(tmp_path: Path) -> None:
     assert finder.sha256(str(path)) != first
     drop_from_page_cache(str(path))
     assert path.read_bytes() == b"abcd"
+
+
+def test_weights_are_called_by_what_the_catalog_resolves() -> None:
+    spec = Catalog.load({"mine": "smollm2-135m?context=512"}).resolve(Wish.of("mine", engine="llama-server"))
+    assert (Weights("/w.gguf", spec=spec).name, Weights("").name) == ("smollm2-135m", "")
 
 
 def test_a_program_that_cannot_run_says_so_and_leaves_nothing(tmp_path: Path) -> None:

@@ -56,7 +56,7 @@ def test_each_rejected_target_has_one_reason(three: Results) -> None:
     reasons = {c.info.id: c.reason for c in advice.rejected}
     assert reasons.keys() == {F, G, S} and advice.winner is None
     assert reasons[S].startswith("chat.first_token p50 9") and reasons[S].endswith(" > 400")
-    assert reasons[G] == "memory 900 MiB > 800"
+    assert reasons[G] == "memory 900 MiB > 800 MiB"
     assert reasons[F].startswith("extract-json right ") and reasons[F].endswith("of 18, wanted 95%")
     assert next(advice_lines(advice)) == "No target meets all limits."
 
@@ -95,6 +95,15 @@ def test_never_reached_and_never_run(tmp_path: Path) -> None:
     reasons = {c.info.id: c.reason for c in advice.rejected}
     assert reasons[G] == "extract-json.total p50 not reached > 9000" and reasons[S] == "extract-json: never ran to its end"
     assert ids(advice.ranked) == [F]
+
+
+def test_what_too_few_trials_did_not_reach_is_told_in_a_sentence(tmp_path: Path) -> None:
+    few = simulate(tmp_path / "few", {F: replace(FAST, never={"total": 1.0})}, (EXTRACT,), launches=1, trials=4)
+    [one] = recommend(few, slos("extract-json.total:p50<=9000")).undecided
+    assert one.reason == "extract-json.total p50 not reached: 0 of 4 reached it; limit 9000"
+    some = simulate(tmp_path / "some", {F: replace(FAST, never={"total": 0.4})}, (EXTRACT,))
+    [two] = recommend(some, slos("extract-json.total:p50<=9000")).undecided
+    assert "not reached to" not in two.reason and two.reason.endswith(" to never; limit 9000")
 
 
 def test_who_never_ran_wins_nothing(tmp_path: Path) -> None:
@@ -196,6 +205,18 @@ def test_a_name_of_the_catalog_is_kept_where_it_means_the_same_weights(info: Tar
     assert str(wish_for(other)).startswith(str(tmp_path / "w.gguf"))
 
 
+def test_what_was_fetched_is_written_by_its_name(info: TargetInfo, tmp_path: Path) -> None:
+    artifact = info.artifact
+    assert artifact
+    gone = msgspec.structs.replace(artifact, path=str(tmp_path / "deleted.gguf"))
+    for name in ("smollm2-135m", "hf:org/repo:Q4_K_M"):
+        fetched = msgspec.structs.replace(info, weights=name, artifact=gone)
+        assert str(wish_for(fetched)) == f"{name}?engine=llama-server"
+    other = msgspec.structs.replace(info, weights="smollm2-135m")  # the name means another file by now
+    for kept in (other, msgspec.structs.replace(info, weights=artifact.path)):
+        assert str(wish_for(kept)) == f"{artifact.path}?engine=llama-server"
+
+
 def test_a_link_stays_a_link(tmp_path: Path, info: TargetInfo) -> None:
     (tmp_path / "dotfiles").mkdir()
     real, link = tmp_path / "dotfiles" / "c.toml", tmp_path / "c.toml"
@@ -218,6 +239,14 @@ def test_a_file_that_cannot_be_changed_stays_as_it_is(tmp_path: Path, info: Targ
         apply(info, file=str(file))
     assert str(file) in str(caught.value) and caught.value.hint
     assert file.read_text() == text and os.listdir(tmp_path).count("c.toml.bak") == 0 and not list(tmp_path.glob("c.toml.*"))
+
+
+@pytest.mark.parametrize("name", ["", " ", "bad name?", "a@Q4", "./m", "m.gguf"])
+def test_a_name_that_nobody_can_ask_for_is_not_written(tmp_path: Path, info: TargetInfo, name: str) -> None:
+    file = tmp_path / "c.toml"
+    with pytest.raises(UsageError, match="nobody can ask for a model called") as caught:
+        apply(info, name=name, file=str(file))
+    assert "--as" in caught.value.hint and not file.exists()
 
 
 def test_a_target_without_an_engine_cannot_be_applied(tmp_path: Path, info: TargetInfo) -> None:

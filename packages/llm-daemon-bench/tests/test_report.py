@@ -14,7 +14,7 @@ import msgspec
 import pytest
 
 from llm_daemon_bench import results
-from llm_daemon_bench.records import Stream
+from llm_daemon_bench.records import Conditions, Stream
 from llm_daemon_bench.report import text
 from llm_daemon_bench.report.html import counted, html
 from llm_daemon_bench.report.tables import View, case_table, environment, summary
@@ -157,6 +157,23 @@ def test_case_table_shows_reach_and_limits(made: Results) -> None:
     assert start.detail.endswith(", n=3)")  # too few for an interval of 95 %
     assert [row[0].text for row in summary(view).rows] == [GOOD, LATE, DEAD]
     assert dict(environment(view))["began"] == "2026-09-21 14:13 UTC"
+
+
+def test_a_busy_machine_is_told(tmp_path: Path) -> None:
+    made = simulate(tmp_path / "s", {GOOD: Speed()}, (EXTRACT,))
+    assert not [line for line in View.of(made).warnings if "busy" in line]
+    n, crowd = len(made.measured()), Conditions(load1=3.1)
+
+    def after(quiet: int) -> Results:
+        trials = [t if t.warmup or i < quiet else msgspec.structs.replace(t, env=crowd) for i, t in enumerate(made.trials)]
+        return replace(made, trials=trials)
+
+    crowded = View.of(after(0))
+    line = next(line for line in crowded.warnings if "busy" in line)
+    assert f"before {n} of {n} trials the load was above its 2 cores, at most 3.1; end other work" in line
+    for shown in (text.terminal(crowded, colour=False), html(crowded), text.markdown(crowded)):
+        assert shown.count("the machine was busy") == 1
+    assert not [line for line in View.of(after(len(made.trials) - 2)).warnings if "busy" in line]
 
 
 def test_a_session_with_nothing_in_it(tmp_path: Path) -> None:

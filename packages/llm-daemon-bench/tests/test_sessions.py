@@ -93,7 +93,9 @@ def test_a_model_may_be_a_folder(write: Write, tmp_path: Path, capsys: pytest.Ca
     text = path.read_text().replace('"{artifact}"', '"{artifact}/s.fake.json"')
     path.write_text(text.replace(str(tmp_path / "s-a.fake.json"), str(folder)))
     assert bench(path) == 0
-    artifact = session().session.targets[0].artifact
+    target = session().session.targets[0]
+    artifact = target.artifact
+    assert target.weights == str(folder)
     assert artifact is not None and (artifact.path, artifact.bytes) == (str(folder), 4) and len(artifact.sha256 or "") == 64
     cut_short()
     (folder / "config.json").write_text("[]")

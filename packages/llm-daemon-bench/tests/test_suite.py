@@ -75,7 +75,7 @@ def test_the_hash_covers_the_files_of_the_cases(code: Path) -> None:
         ("trials = 6", "trails = 6", 3, "unknown key 'trails'"),
         ("trials = 6", "trials = 0", 3, "suite.trials"),
         ("trials = 6", 'trials = "6"', 3, "suite.trials"),
-        ('via = "daemon"', 'via = "deamon"', 10, "server.via"),
+        ('via = "daemon"', 'via = "deamon"', 10, "server.via cannot be 'deamon'"),
         ('params = "1B"', "sizes = 1", 13, "unknown key 'sizes'"),
         ("slo_ms = 500", "slo = 500", 20, "unknown key 'slo'"),
         ("sentences = 1,", "sentences = 1, lines = 2,", 21, "here is lines and sentences"),
@@ -135,6 +135,22 @@ def test_a_near_key_is_offered(code: Path) -> None:
     with pytest.raises(SuiteError) as caught:
         suites.parse(GOOD.replace("slo_ms", "slo_m"), code)
     assert caught.value.hint == "did you mean 'slo_ms'?"
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "hint"),
+    [
+        ('"first_content"', '"frist_token"', "did you mean 'first_token'?"),
+        ('"settled"', '"x"', "it is one of first, settled"),
+        ("trials = 6", 'up = "al"', "did you mean 'all'?"),
+        ('cache = "warm"', 'cache = "hot"', "it is one of cold, warm, asis"),
+        ("python_parses = true", 'event = "frist_token"', "did you mean 'first_token'?"),
+    ],
+)
+def test_a_near_word_or_all_of_them_are_offered(code: Path, old: str, new: str, hint: str) -> None:
+    with pytest.raises(SuiteError) as caught:
+        suites.parse(GOOD.replace(old, new), code)
+    assert caught.value.hint == hint
 
 
 def test_no_file_says_how_to_get_one(tmp_path: Path) -> None:

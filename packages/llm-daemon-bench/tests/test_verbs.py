@@ -6,6 +6,7 @@ import csv
 import io
 import json
 import os
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from importlib import import_module
@@ -14,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from llm_daemon.cli import main
+from llm_daemon_bench import results
 from llm_daemon_bench.cli import VERBS
 
 from .simulate import CHAT, EXTRACT, Speed, simulate
@@ -72,7 +74,7 @@ def test_report(bench: Bench, tmp_path: Path) -> None:
     assert shown["session"]["id"] == "20261125-2" and len(shown["cells"]) == 2 * (3 + 3 + 5)
     assert {cell["tail"] for cell in shown["cells"] if cell["case"] == "chat"} == {"max of 18"}
     lost = bench("report", "--html", "no/such/r.html")
-    assert lost.status == 3 and "cannot write no/such/r.html" in lost.err
+    assert lost.status == 3 and "cannot write no/such/r.html" in lost.err and "--out" not in lost.err
 
 
 def test_compare(bench: Bench) -> None:
@@ -132,6 +134,12 @@ def test_recommend_and_apply(bench: Bench, tmp_path: Path) -> None:
     assert done.status == 0 and f"best now means {tmp_path}/models/m.Q4.gguf?engine=llama-server" in done.out
     assert 'default_model = "best"' in config and before.strip() in config
     assert json.loads(main_config(bench))["settings"]["default_model"]["value"] == "best"
+    for slo, first in (("chat.first_token:p50<=1", "No target"), ("chat.first_token:p95<=100s", "Undecided")):
+        none = bench("recommend", "20261125-1", "--slo", slo)
+        assert none.status == 1 and none.out.startswith(first)
+        assert bench("recommend", "20261125-1", "--slo", slo, "--json").status == 1
+    assert bench("recommend", "20261125-1", "--apply", "--as", "").status == 2
+    assert (tmp_path / "config.toml").read_text() == config
     for args, said in (
         (["--slo", "chat.first_token:p50<=1", "--apply"], "no winner to apply"), (["--max-rss", "lots"], "no size like 6GiB"),
         (["--slo", "chat"], "cannot read the wish"), (["nowhere"], "nowhere"),
@@ -166,6 +174,39 @@ def test_export(bench: Bench) -> None:
     assert len(points) == 21 and [r["warmup"] for r in points].count("True") == 3
     assert {r["cache"] for r in points} == {"warm"} and all(200 < float(r["ms"]) < 500 for r in points)
     assert any(r["checkpoint"] == "event:first_token" for r in rows)
+    nothing = bench("export", "csv", "nowhere")
+    assert (nothing.status, nothing.out) == (2, "")
+
+
+def test_a_copied_session_goes_by_its_folder(bench: Bench, tmp_path: Path) -> None:
+    shutil.copytree(tmp_path / "results" / "20261125-1", tmp_path / "results" / "monday")
+    rows = json.loads(bench("list", "--json").out)["sessions"]
+    assert {r["id"] for r in rows} == {"20261125-1", "20261125-2", "monday"}
+    for name in ("monday", "results/monday"):
+        told = json.loads(bench("validate", name, "--json").out)
+        assert {line["step"] for line in told["lines"]} == {"V1"}
+    assert bench("validate", "tuesday").status == 2
+
+
+def test_a_damaged_session_is_told(bench: Bench, tmp_path: Path) -> None:
+    folder = tmp_path / "results" / "20261125-1"
+    trials, whole = folder / "trials.jsonl", (folder / "trials.jsonl").read_bytes()
+    held = len({t.key for t in results.load(folder).measured()})
+    about = json.loads((folder / "session.json").read_text())
+    (folder / "session.json").write_text(json.dumps(about | {"held": held}))
+    assert "trials.jsonl" not in bench("show", "20261125-1").out + bench("report", "20261125-1").out
+    lines = whole.splitlines(keepends=True)
+    for data, said in (
+        (b"".join(lines[: len(lines) // 2]), f"of the {held} trials that were measured"),
+        (whole[: len(whole) // 2], "what follows its last whole trial cannot be read"),
+        (b"", "holds no measured trial"),
+        (None, "trials.jsonl is missing"),
+    ):
+        trials.unlink() if data is None else trials.write_bytes(data)
+        for shown in (bench("show", "20261125-1").out, bench("report", "20261125-1").out):
+            assert said in shown and "warning: " in shown
+        assert said in " ".join(json.loads(bench("show", "20261125-1", "--json").out)["warnings"])
+        assert said in bench("report", "20261125-1", "--markdown", "-").out
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import tempfile
 from collections.abc import MutableMapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ import tomlkit
 from tomlkit.exceptions import TOMLKitError
 
 from llm_daemon import paths
-from llm_daemon.config import Settings
+from llm_daemon.config import NAMES, Settings, askable
 from llm_daemon.errors import UsageError
 from llm_daemon.models.catalog import Catalog
 from llm_daemon.models.store import Store
@@ -40,7 +40,7 @@ class Applied:
 def wish_for(info: TargetInfo, user_catalog: MutableMapping[str, Any] | None = None) -> Wish:
     """The wish that `attach` turns into this target's weights and engine.  Raises UsageError (`cannot_apply`).
 
-    By the catalog's name where that means these very weights, else by the file's absolute path.
+    By the catalog's name or the source where that means these very weights, else by the file's absolute path.
     """
     if not info.engine:
         raise UsageError(
@@ -48,11 +48,16 @@ def wish_for(info: TargetInfo, user_catalog: MutableMapping[str, Any] | None = N
             hint="`llm-daemon engines` lists them; any other server can be an engine of kind `command`",
         )  # fmt: skip
     path = os.path.abspath(os.path.expanduser(info.artifact.path)) if info.artifact else None
+    there = path is not None and os.path.exists(path)
+    if info.weights and not info.weights.startswith("/"):
+        wish = replace(Wish.parse(info.weights), engine=info.engine)
+        if _means(wish, path if there else None, user_catalog or {}):  # what was fetched may be fetched again
+            return wish
     named = Wish(info.model, quant=info.quant or None, engine=info.engine)
     for wish in (named, Wish(info.model, engine=info.engine)):
         if _means(wish, path, user_catalog or {}):
             return wish
-    if path is None or not os.path.exists(path):
+    if path is None or not there:
         raise UsageError(f"no weights are known for {info.id}", code="cannot_apply", hint="name the model in the catalog")
     return Wish(path, engine=info.engine)
 
@@ -74,11 +79,15 @@ def _means(wish: Wish, path: str | None, user_catalog: MutableMapping[str, Any])
 def apply(info: TargetInfo, *, name: str | None = None, file: str | None = None) -> Applied:
     """Sets `catalog.NAME` (the target's model, unless a name is given) to the choice, and `default_model` to NAME.
 
-    Raises UsageError for a target that the daemon cannot serve, a broken file or a name that is taken by a table of the
-    user's own, and MachineError if the file cannot be written; the file is then as it was.
+    Raises UsageError for a target that the daemon cannot serve, a broken file and a name that is taken by a table of the
+    user's own or cannot be asked for, and MachineError if the file cannot be written; the file is then as it was.
     """
     path = Path(os.path.realpath(file or paths.config_file()))
-    name = name or info.model
+    name = info.model if name is None else name
+    if not askable(name):
+        raise UsageError(
+            f"nobody can ask for a model called {name!r}", code="cannot_apply", hint=f"choose another name with --as: {NAMES}"
+        )
     before = _read(path)
     try:
         document = tomlkit.parse(before or "")

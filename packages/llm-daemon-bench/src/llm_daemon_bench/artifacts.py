@@ -36,6 +36,11 @@ class Weights:
     spec: Spec | None = None
     engine: tuple[Adapter, Location, Settings] | None = None
 
+    @property
+    def name(self) -> str:
+        """What llm-daemon calls the weights, without options: a name of its catalog or a source, of a file its path."""
+        return str(Wish(self.spec.wish.model, quant=self.spec.wish.quant)) if self.spec else ""
+
 
 class Finder:
     """Finds weights once for a session, fetching what is not here yet.  `memory`: a file that keeps hashes between sessions."""

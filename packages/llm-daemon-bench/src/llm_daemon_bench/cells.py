@@ -314,11 +314,25 @@ def _causes(dot: Dot, usual: dict[str, float]) -> Iterator[str]:
 
 
 DRIFT = 0.05
+CROWD = 0.5  # of load above the number of cores
+
+
+def busy(results: Results) -> list[str]:
+    """A line if in a quarter of the trials or more there was more work than cores: other programs took the server's time."""
+    cores = results.session.machine.cores
+    loads = [t.env.load1 for t in results.measured() if t.env.load1 is not None]
+    crowded = [load for load in loads if cores and load > cores + CROWD]
+    if not crowded or 4 * len(crowded) < len(loads):
+        return []
+    return [
+        f"the machine was busy: before {len(crowded)} of {len(loads)} trials the load was above its {cores} cores, at most "
+        f"{max(crowded):.1f}; end other work (`llm-daemon bench doctor` looks for it) and measure again"
+    ]
 
 
 def warnings(results: Results, cells: dict[tuple[str, Key], Cell]) -> list[str]:
-    """One line for each thing that makes figures doubtful: drift, cache not as stated, errors, too short a run."""
-    out = []
+    """A line for each thing that makes figures doubtful: a busy machine, drift, cache not as stated, errors, no end."""
+    out = [*results.damage(), *busy(results)]
     moved: dict[tuple[str, str, str], list[Cell]] = {}
     for cell in cells.values():
         if cell.key.case != START and cell.drift is not None and abs(cell.drift) > DRIFT:

@@ -221,9 +221,10 @@ def _judge_time(slo: Slo, cell: Cell | None, observed: bool) -> Judged:
     if span.high <= limit and cell.n >= needed:
         return Judged(str(slo), "met", f"{said} <= {limit:g}")
     more = max(needed - cell.n, 1) if cell.n < needed else _more(cell.n, value, span, limit)
-    return Judged(
-        str(slo), "undecided", f"{said}, somewhere from {tell_ms(span.low)} to {tell_ms(span.high)}; limit {limit:g}", more
-    )
+    if math.isinf(span.low):  # few or none reached it
+        return Judged(str(slo), "undecided", f"{said}: {cell.reached} of {cell.n} reached it; limit {limit:g}", more)
+    high = "never" if math.isinf(span.high) else tell_ms(span.high)
+    return Judged(str(slo), "undecided", f"{said}, somewhere from {tell_ms(span.low)} to {high}; limit {limit:g}", more)
 
 
 def _more(n: int, value: float, span: stats.Interval, limit: float) -> int | None:
@@ -275,7 +276,9 @@ def _judge_rss(rss: float | None, limit: float) -> Judged:
     wish = f"rss<={limit:.0f}MiB"
     if rss is None:
         return Judged(wish, "missed", "its memory was not measured")
-    return Judged(wish, "met" if rss <= limit else "missed", f"memory {rss:.0f} MiB {'<=' if rss <= limit else '>'} {limit:.0f}")
+    return Judged(
+        wish, "met" if rss <= limit else "missed", f"memory {rss:.0f} MiB {'<=' if rss <= limit else '>'} {limit:.0f} MiB"
+    )
 
 
 # -- Ranking -------------------------------------------------------------------------------------------------------------

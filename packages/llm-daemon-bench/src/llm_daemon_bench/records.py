@@ -200,7 +200,10 @@ class Artifact(Record, frozen=True, kw_only=True):
 
 
 class TargetInfo(Record, frozen=True, kw_only=True):
-    """One target as it was run.  `argv`: with `{port}` and the like left open; `command`: what a person would type."""
+    """One target as it was run.  `argv`: with `{port}` and the like left open; `command`: what a person would type.
+
+    `weights`: what llm-daemon calls them (a name of its catalog, `hf:org/repo:Q4_K_M`, a file's path), "" if it was not asked.
+    """
 
     id: str
     server: ServerRef
@@ -209,6 +212,7 @@ class TargetInfo(Record, frozen=True, kw_only=True):
     model: str
     params: str = ""
     quant: str
+    weights: str = ""
     artifact: Artifact | None = None
     argv: tuple[str, ...] = ()
     command: str = ""
@@ -261,7 +265,8 @@ class Session(Record, frozen=True, kw_only=True):
     """One invocation, resumed ones included.  `began`, `ended`, `resumed`: Unix times; `ended` None while unfinished.
 
     `git`: commit of the suite's folder, with `+` if files there were changed; "" outside of git.  `trials_given`: whether
-    `trials` were the command line's, and so those of every case; None in sessions from before that was kept.
+    `trials` were the command line's, and so those of every case; None in sessions from before that was kept.  `held`: measured
+    trials that were on the disk when the last run ended; None if none came to its end, or it was not kept yet.
     """
 
     schema: int = SCHEMA
@@ -275,6 +280,7 @@ class Session(Record, frozen=True, kw_only=True):
     began: float
     resumed: tuple[float, ...] = ()
     ended: float | None = None
+    held: int | None = None
     trials: int
     trials_given: bool | None = None
     launches: int

@@ -41,6 +41,16 @@ class Results:
         """Trials without warm-ups."""
         return [t for t in self.trials if not t.warmup]
 
+    def damage(self) -> list[str]:
+        """A line for each sign that `trials.jsonl` is not as a run left it."""
+        path, held, was = self.folder / TRIALS, len({t.key for t in self.measured()}), self.session.held
+        out = [] if held else [f"{path} holds no measured trial" if path.exists() else f"{path} is missing"]
+        if was is not None and 0 < held < was:
+            out.append(f"{path} holds {held} of the {was} trials that were measured: it was cut or changed")
+        if self.broken:
+            out.append(f"{path}: what follows its last whole trial cannot be read: a run was killed there, or the file was cut")
+        return out
+
     def keys(self) -> set[str]:
         """Keys of whole trials and of launches: what a resumed run need not do again."""
         return {t.key for t in self.trials} | {x.key for x in self.launches}
@@ -206,13 +216,13 @@ def _read(path: Path) -> bytes:
         return b""
 
 
-def unwritable(path: Path, error: OSError) -> MachineError:
-    """The error to raise for results that cannot be written."""
+def unwritable(path: Path, error: OSError, move: str = "choose another folder with --out") -> MachineError:
+    """The error to raise for results that cannot be written; `move`: what to try, unless the disk is full."""
     import errno
 
     full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
     return MachineError(
         f"cannot write {path}: {error.strerror}",
         code="disk_full" if full else "unwritable",
-        hint="make room and resume: what was measured is kept" if full else "choose another folder with --out",
+        hint="make room and resume: what was measured is kept" if full else move,
     )

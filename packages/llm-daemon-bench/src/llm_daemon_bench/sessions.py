@@ -102,7 +102,8 @@ def _about(target: Target, ready: Ready | None) -> TargetInfo:
     return TargetInfo(
         id=target.id, server=ServerRef(id=server.id, version=ready.version if ready else ""), via=server.via,
         engine=server.engine, model=target.model.id, params=target.model.params, quant=target.quant,
-        artifact=ready.weights.artifact if ready else None, argv=argv, command=_typed(target, argv),
+        weights=ready.weights.name if ready else "", artifact=ready.weights.artifact if ready else None, argv=argv,
+        command=_typed(target, argv),
     )  # fmt: skip
 
 

@@ -13,7 +13,7 @@ import re
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 from urllib.parse import urlsplit
 
 import msgspec
@@ -135,7 +135,19 @@ def _invalid(message: str, text: str, path: Path) -> SuiteError:
         return SuiteError(f"{path} line {line_of(text, [*steps, key])}: unknown key {key!r}", hint=hint)
     if missing := re.search(r"missing required field `(.*)`", what):
         return SuiteError(f"{path} line {line_of(text, steps)}: {_named(steps)} has no {missing[1]!r}")
-    return SuiteError(f"{path} line {line_of(text, steps)}: {_named(steps)}: {what[:1].lower() + what[1:]}")
+    place = f"{path} line {line_of(text, steps)}: {_named(steps)}"
+    if wrong := re.match(r"Invalid enum value '(.*)'", what):
+        return SuiteError(f"{place} cannot be {wrong[1]!r}", hint=_choices(steps, wrong[1]))
+    return SuiteError(f"{place}: {what[:1].lower() + what[1:]}")
+
+
+def _choices(steps: list[str | int], given: str) -> str:
+    """What may stand in a key that takes one of a few words."""
+    table = next((_KEYS[s] for s in reversed(steps[:-1]) if isinstance(s, str) and s in _KEYS), File)
+    kind = get_type_hints(table).get(str(steps[-1]))
+    known = [str(word) for part in (kind, *get_args(kind)) if get_origin(part) is Literal for word in get_args(part)]
+    near = difflib.get_close_matches(given, known, 1)
+    return f"did you mean {near[0]!r}?" if near else "it is one of " + ", ".join(known)
 
 
 def _named(steps: list[str | int]) -> str:

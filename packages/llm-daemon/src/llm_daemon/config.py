@@ -15,6 +15,7 @@ from .budget import budget_bytes
 from .errors import UsageError
 
 DEFAULT_PORT = 28282
+NAMES = "a name is not empty, has no ? or @ in it and no space around it, and is not like a file's"
 # Variables that are not settings: folders, and what the daemon and its tests tell their own processes.
 RESERVED = frozenset(
     "LLM_DAEMON_" + name for name in ("RUNTIME_DIR", "STATE_DIR", "CACHE_DIR", "CONFIG", "PYTHON", "GEN", "FAULTS")
@@ -245,8 +246,33 @@ def _from_file(path: str) -> list[tuple[str, Any, str]]:
             raise _bad(f"{key} must be a table", where)
         if key == "engines":
             _check_engines(value, text, path)
+        if key == "catalog":
+            _check_names(value, text, path)
         out.append((key, value, where))
     return out
+
+
+def _check_names(table: dict[str, Any], text: str, path: str) -> None:
+    for name in table:
+        if not askable(name):
+            where = f"{path} line {_line(text, name, after='catalog')}"
+            raise _bad(f"catalog: nobody can ask for a model called {name!r}", where, NAMES)
+
+
+def askable(name: str) -> bool:
+    """Whether a model can go by this name: a wish for it, with options or without, means just it.
+
+    >>> [askable(name) for name in ("my model", "llama3:8b", "", " a", "a?", "a@b", "./a", "a.gguf")]
+    [True, True, False, False, False, False, False, False]
+    """
+    from .client.wishes import is_path
+    from .spec import Wish
+
+    try:
+        plain, more = Wish.parse(name), Wish.parse(f"{name}?context=1")
+    except UsageError:
+        return False
+    return plain == Wish(name) and more == Wish(name, context=1) and not is_path(name)
 
 
 def _check_engines(table: dict[str, Any], text: str, path: str) -> None:
@@ -277,9 +303,11 @@ def _line(text: str, key: str, after: str = "") -> int:
     """The line a key stands on (tomllib does not say): its first `key =` or `[...key`, past the line of `after`."""
     lines = text.splitlines()
     start = next((i for i, line in enumerate(lines) if after and after in line), 0)
-    pattern = re.compile(rf"""^\s*(\[+.*\b)?["']?{re.escape(key)}["']?\s*([=.\]]|$)""")
+    bare = re.fullmatch("[A-Za-z0-9_-]+", key)  # any other key stands in quotes
+    name = rf"""(\[+.*\b)?["']?{key}["']?""" if bare else rf"""([\w\s\[.-]+\.\s*)?["']{re.escape(key)}["']"""
+    pattern = re.compile(rf"^\s*{name}\s*([=.\]]|$)")
     for i in range(start, len(lines)):
-        if pattern.search(lines[i]) or (i == start and after and key in lines[i]):
+        if pattern.search(lines[i]) or (i == start and after and key and key in lines[i]):
             return i + 1
     return start + 1
 

@@ -139,6 +139,29 @@ def test_a_number_out_of_range_is_told_the_range(text: str, least: int) -> None:
         Wish.parse(text)
 
 
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [
+        ('[catalog]\nfine = "x"\n"bad name?" = "x"\n', 3),
+        ('\n[catalog]\n\n"" = "x"\n', 4),
+        ('[catalog."a@b"]\npath = "/x"\n', 1),
+        ("ttl = 3\ncatalog.' a' = \"x\"\n", 2),
+        ('[catalog]\n"~/m" = "x"\n', 2),
+        ('[catalog]\nx = "y"\n"m.gguf" = "x"\n', 3),
+        ('[catalog]\n"x?context=5" = "x"\n', 2),
+    ],
+)
+def test_names_that_nobody_can_ask_for_are_refused(tmp_path: Path, text: str, line: int) -> None:
+    with pytest.raises(errors.UsageError, match=rf"config\.toml line {line}: catalog: nobody can ask for") as caught:
+        load(tmp_path, text)
+    assert "\n" not in caught.value.message and "no ? or @" in caught.value.hint
+
+
+def test_odd_names_that_can_be_asked_for_stay(tmp_path: Path) -> None:
+    names = ["my model", "llama3:8b", "Org/Model", "hf:org/repo", "ü"]
+    assert [*load(tmp_path, "[catalog]\n" + "".join(f'"{name}" = "x"\n' for name in names)).catalog] == names
+
+
 def test_a_misspelt_variable_is_refused_too() -> None:
     with pytest.raises(errors.UsageError, match="LLM_DAEMON_LIGNER"):
         Settings.load({"LLM_DAEMON_LIGNER": "1"}, "/nonexistent")

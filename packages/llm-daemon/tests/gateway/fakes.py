@@ -211,6 +211,8 @@ class FakeEngine:
         assert self._server is not None
         self._server.close()
         self._stopped = True
+        for _ in range(10):  # a connection that is being accepted reaches us some rounds of the loop later
+            await asyncio.sleep(0)
         for writer in self._writers:  # a task that has not begun yet closes nothing
             writer.transport.abort()
         for task in list(self._tasks):

@@ -272,6 +272,42 @@ def test_a_hang_up_after_the_answer_is_no_cancellation(run: Any, world: Any) -> 
     run(main())
 
 
+@pytest.mark.parametrize(
+    ("last", "code"),
+    [
+        (b"data: [DONE]\n\n", ""),
+        (b'event: message_stop\ndata: {"type": "message_stop"}\n\n', ""),
+        (b"event: response.completed\ndata: {}\n\n", ""),
+        (b'data: {"text": "data: [DONE]"}\n\n', "hung_up"),
+        (b"data: 2\n\n", "hung_up"),
+    ],
+)
+def test_who_leaves_with_the_last_event_has_all_it_wanted(run: Any, world: Any, last: bytes, code: str) -> None:
+    """Clients do not wait for what ends a chunked body once they have read the end of the stream."""
+
+    async def script(call: EngineCall) -> None:
+        await call.begin_stream()
+        await call.chunk(b"data: 1\n\n")
+        await call.chunk(last)
+        await until_gone(call)
+
+    async def main() -> None:
+        async with world() as w:
+            w.engine.script = script
+            client = await w.client()
+            client.request()
+            await client.head()
+            told = b""
+            while not told.endswith(last):
+                told += await client.chunk()
+            await client.close()
+            await w.desk.log.until("ended")
+            (over,) = w.desk.overs
+            assert (over.status, over.code) == (200, code)
+
+    run(main())
+
+
 def test_closing_the_gateway_ends_everything(run: Any, world: Any) -> None:
     async def begun(call: EngineCall) -> None:
         await call.begin_stream()

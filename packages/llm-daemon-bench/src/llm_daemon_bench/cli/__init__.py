@@ -23,7 +23,10 @@ VERBS: dict[str, str] = {
     "validate": "Hold our numbers against references, and print how far they agree.",
 }
 FILES = {"import": "import_"}  # of a verb that no module may be called by
-ENDINGS = "Exit status: 0 fine, 1 a gate was not passed, 2 wrong usage, 3 the machine or a server's fault, 130 interrupted."
+ENDINGS = (
+    "Exit status: 0 fine, 1 a gate was not passed or no target is recommended, 2 wrong usage, "
+    "3 the machine or a server's fault, 130 interrupted."
+)
 
 
 class Verbs(click.Group):

@@ -12,7 +12,7 @@ from typing import Literal
 import click
 import psutil
 
-from llm_daemon.cli.words import as_json, clean, json_option, size, subcommand
+from llm_daemon.cli.words import as_json, clean, count, json_option, size, subcommand
 from llm_daemon.engines.base import usable_cores
 
 from .. import machine
@@ -82,7 +82,7 @@ def cores() -> Finding:
     n = usable_cores()
     if n < 2:
         return Finding("cores", "bad", "one", "client and server take turns on it: times include each other's")
-    return Finding("cores", "good", f"{n}; servers get {n - 1} threads, the client keeps one core")
+    return Finding("cores", "good", f"{n}; servers get {count(n - 1, 'thread')}, the client keeps one core")
 
 
 def governor(name: str) -> Finding:
@@ -97,8 +97,8 @@ def load(busy: float) -> Finding:
     said = f"other processes use {busy:.2f} cores"
     if busy <= BUSY:
         return Finding("load", "good", said)
-    names = sorted(psutil.process_iter(["name", "cpu_times"]), key=_used, reverse=True)[:3]
-    most = ", ".join(str(p.info["name"]) for p in names)
+    found = [p for p in psutil.process_iter(["name", "cpu_times", "cmdline"]) if p.info["cmdline"] != []]  # no kernel threads
+    most = ", ".join(str(p.info["name"]) for p in sorted(found, key=_used, reverse=True)[:3])
     return Finding("load", "bad" if busy > 0.5 else "warn", said, f"end what is not needed; most CPU time so far: {most}")
 
 

@@ -28,6 +28,7 @@ def command(format_: str, session: str | None) -> None:
 
     One line for each checkpoint of each trial, warm-ups included and marked.
     """
+    found = load(pick.folder(session))
     writer = csv.writer(sys.stdout, lineterminator="\n")
     writer.writerow(CSV_HEAD)
-    writer.writerows(csv_rows(load(pick.folder(session))))
+    writer.writerows(csv_rows(found))

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import click
 
+from llm_daemon.cli import link
 from llm_daemon.cli.words import clean, subcommand
 from llm_daemon.config import Settings
 from llm_daemon.engines.base import Location
@@ -136,6 +137,8 @@ def command(file: Path, models: tuple[str, ...], ready_suite: str | None, force:
         raise SuiteError(f"{file} is there already", hint="name another file, or --force")
     settings = Settings.load()
     cases = ready.cases(ready_suite) if ready_suite else CASES
+    for one in models:
+        link.resolve(json.loads(model(one)["artifact"]), settings)  # refuses what nobody knows
     text = suite(file.name, settings, models or (settings.default_model,), cases)
     try:
         file.parent.mkdir(parents=True, exist_ok=True)

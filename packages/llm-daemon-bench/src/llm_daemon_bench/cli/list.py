@@ -43,7 +43,7 @@ def command(out: Path, suites: bool, json_: bool) -> None:
         session, trials = found.session, {t.key for t in found.measured()}
         rows.append(
             {
-                "id": session.id,
+                "id": folder.name,  # what the other verbs find it by, also where it was copied or renamed
                 "suite": session.suite,
                 "began": session.began,
                 "ended": session.ended,

@@ -65,13 +65,15 @@ def command(
     apply_: bool,
     name: str | None,
     json_: bool,
-) -> None:
+) -> int:
     """Name the target to use, and why not the others.
 
     The winner comes with its launch command, then the runner-up, and one reason for each rejected target.
 
     A wish is CASE.CHECKPOINT:p50<=500 (p50, p90, p95 or p99, in ms), CASE.CHECKPOINT:reach>=0.9 or CASE:pass>=0.9; CASE@start
     means the first request of a fresh server. Without any, the suite's `slo_ms` are the wishes.
+
+    Exit status 1 if there is none to use: undecided, or no target meets all wishes.
     """
     results = load(pick.folder(session))
     wishes = slos or wishes_of(results)
@@ -79,15 +81,17 @@ def command(
     applied = _apply(advice, name) if apply_ else None
     if json_:
         as_json({**advice_json(advice), "applied": applied})
-        return
+        return 0 if advice.winner else 1
     for i, line in enumerate(advice_lines(advice)):
         click.echo(clean(line))
         if i == 0 and advice.winner and advice.winner.info.command:
             click.echo(clean(f"  {advice.winner.info.command}"))
     if applied:
         click.echo(clean(f"{applied['file']}: {applied['name']} now means {applied['wish']}, and is the default model"))
+        click.echo("  a daemon that runs already learns it when it was stopped (`llm-daemon stop`)")
         if applied["backup"]:
             click.echo(clean(f"  the file as it was: {applied['backup']}"))
+    return 0 if advice.winner else 1
 
 
 def _apply(advice: Advice, name: str | None) -> dict[str, str | None]:

@@ -71,5 +71,5 @@ def _put(path: Path, content: str) -> None:
     except OSError as e:
         if temporary:
             Path(temporary).unlink(missing_ok=True)
-        raise unwritable(path, e) from e
+        raise unwritable(path, e, "name a file in a folder that is there and yours") from e
     click.echo(clean(path), err=True)

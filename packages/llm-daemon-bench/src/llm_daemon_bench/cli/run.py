@@ -14,7 +14,7 @@ import msgspec
 
 from llm_daemon.cli.words import as_json, count, duration, json_option, quiet_option, subcommand
 
-from .. import records, results, sessions, suite as suites
+from .. import cells, records, results, sessions, suite as suites
 from ..artifacts import Finder
 from ..display import Display
 from ..errors import MachineError
@@ -80,9 +80,11 @@ def command(
                 display.problem(folder.name, f"stopped; `llm-daemon bench run {suite_file} --resume` goes on")
                 raise
             lost = {t.id: "its program or model is missing" for t in suite.targets if t.id not in ready} | summary.lost
-            doubts = told.warnings(results.load(folder).measured())
-            for doubt in doubts:
+            found = results.load(folder)
+            doubts = told.warnings(found.measured())
+            for doubt in [*cells.busy(found), *doubts]:  # of a busy machine `report` can tell by itself
                 display.problem(folder.name, doubt)
+            about = msgspec.structs.replace(about, held=len({t.key for t in found.measured()}))
             writer.session(_ended(about, summary, lost, doubts))
     return _tell(folder, about, summary, lost, ready, json_, quiet)
 

@@ -40,6 +40,7 @@ def command(session: str | None, out: Path, json_: bool) -> None:
                 "cells": cells,
                 "lifecycle": lifecycle(found),
                 "broken_lines": found.broken,
+                "warnings": found.damage(),
             }
         )
         return
@@ -61,7 +62,7 @@ def command(session: str | None, out: Path, json_: bool) -> None:
             for s in starts
         ]
         table(("TARGET", "N", *records.LIFECYCLE, "FAILED"), rows)
-    for line in failures(found):
+    for line in [*(f"warning: {line}" for line in found.damage()), *failures(found)]:
         click.echo(clean(line))
 
 

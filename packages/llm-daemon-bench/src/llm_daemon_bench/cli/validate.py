@@ -11,7 +11,7 @@ import msgspec
 
 from llm_daemon.cli.words import as_json, clean, json_option, subcommand
 
-from .. import results
+from .. import pick, results
 from ..validate.agreement import Line
 
 STEPS = ("V0", "V1", "V2", "V3", "V4")
@@ -22,15 +22,15 @@ STEPS = ("V0", "V1", "V2", "V3", "V4")
     """
     llm-daemon bench validate
     llm-daemon bench validate --tool-path servebench-env/bin --tool-path frugal-llm-env/bin
-    llm-daemon bench validate results/20260101-1       V1 alone, on a session that was run before
+    llm-daemon bench validate 20260101-1               V1 alone, on a session that was run before
     """,
 )
-@click.argument("session", required=False, type=click.Path(path_type=Path))
+@click.argument("session", required=False)
 @click.option("--step", "steps", multiple=True, type=click.Choice(STEPS), help="Only these steps; may be repeated.")
 @click.option("--tool-path", "tools", multiple=True, metavar="DIR", type=click.Path(path_type=Path), help="Where tools are, too.")
 @click.option("--model", default="smollm2-135m", show_default=True, help="Model for V1 and V2, by name or path.")
 @json_option
-def command(session: Path | None, steps: tuple[str, ...], tools: tuple[Path, ...], model: str, json_: bool) -> int:
+def command(session: str | None, steps: tuple[str, ...], tools: tuple[Path, ...], model: str, json_: bool) -> int:
     """Hold our numbers against references, and print how far they agree.
 
     \b
@@ -57,12 +57,12 @@ def command(session: Path | None, steps: tuple[str, ...], tools: tuple[Path, ...
     return 1 if wrong else 0
 
 
-def references(session: Path | None, steps: tuple[str, ...], model: str) -> Iterator[Line]:
+def references(session: str | None, steps: tuple[str, ...], model: str) -> Iterator[Line]:
     """The lines of all steps that were asked for, as they come."""
     if session is not None:
         from ..validate import told
 
-        yield from told.check(results.load(session).measured())
+        yield from told.check(results.load(pick.folder(session)).measured())
         return
     if "V0" in steps:
         from ..validate import known

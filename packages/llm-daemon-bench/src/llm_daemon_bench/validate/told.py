@@ -13,6 +13,11 @@ ENOUGH = 64  # tokens: of fewer, the first and the last one's jitter is more tha
 DECODE = Bound(part=0.02)
 OVERHEAD_MS, OVERHEAD_PART = 50.0, 0.05  # more than either is worth a warning
 
+MUCH = (
+    ", which is much: HTTP, the chat template, tokenizing, and waiting for a slot or a core;"
+    " if `llm-daemon bench doctor` finds the machine busy, measure again"
+)
+
 
 def decode_pairs(trials: Sequence[Trial]) -> list[tuple[float, float]]:
     """(ours, the server's) milliseconds a token, of each trial that is long enough to tell.
@@ -59,7 +64,7 @@ def _overhead(target: str, pairs: list[tuple[float, float]]) -> Line:
     reference = statistics.median(r for _, r in pairs)
     over = statistics.median(o - r for o, r in pairs)
     early = sum(o < r for o, r in pairs)
-    note = f"{over:.1f} ms over the server's own prompt time" + (", which is much" if costly(over, reference) else "")
+    note = f"{over:.1f} ms over the server's own prompt time" + (MUCH if costly(over, reference) else "")
     if early:
         note = f"{early} of {len(pairs)} first tokens came before the server had read the prompt"
     what = f"{target}: first token, not before the prompt"

@@ -8,6 +8,7 @@ when the engine has let go of it: until then its slot is not free.
 from __future__ import annotations
 
 import asyncio
+import re
 from contextlib import suppress
 from time import perf_counter
 from typing import TYPE_CHECKING
@@ -32,6 +33,8 @@ _PASSED = (
     *_FORWARDED, b"accept-encoding", b"accept-language", b"cache-control", b"range", b"if-range", b"if-none-match",
     b"if-modified-since", b"last-event-id",
 )  # fmt: skip
+# With these an event stream is whole, and its client may hang up: chat and completions, messages, responses.
+_LAST = re.compile(rb"(?:^|\n)(?:data: ?\[DONE\]|event: ?(?:message_stop|response\.completed))")
 _SWITCHING = (b"sec-websocket-key", b"sec-websocket-version", b"sec-websocket-protocol", b"sec-websocket-extensions")
 
 
@@ -135,8 +138,8 @@ class Exchange:
     # -- called by the connection
 
     def hang_up(self) -> None:
-        """The client is gone."""
-        self.code = self.code or "hung_up"
+        """The client is gone: before its time, or with all it wanted but the framing behind it."""
+        self.code = self.code or ("" if _LAST.search(self._tail) else "hung_up")
         if self._state == "running":
             self._aborting()
             self._leave()
