@@ -26,13 +26,7 @@ def attach(model: str, quiet: bool = False, keep_alive: float | None = None, **o
     from .progress import Display
 
     Settings.load()  # a daemon that runs does not read them again: what is wrong with them is said now
-    lease = _Shown(sync.wish(model, **options), keep_alive, Display(quiet))
-    try:
-        lease.refresh()
-    except BaseException:
-        lease.close()
-        raise
-    return lease
+    return sync.begun(_Shown(sync.wish(model, **options), keep_alive, Display(quiet)))
 
 
 class _Shown(_sync.Lease):

@@ -370,6 +370,11 @@ def attach(
         ),
         keep_alive, timeout, on_progress,
     )  # fmt: skip
+    return begun(lease)
+
+
+def begun(lease: Lease) -> Lease:
+    """The lease, attached; closed if that fails."""
     try:
         lease.refresh()
     except BaseException:
