@@ -15,6 +15,8 @@ from typing import Any
 
 import pytest
 
+from llm_daemon.testing.world import World
+
 pytestmark = pytest.mark.timeout(300)  # a net: the longest takes half a minute on a quiet machine
 SCRIPT = Path(__file__).parent.parent / "benchmarks" / "run.py"
 
@@ -129,6 +131,15 @@ def test_a_conversation_after_an_unload(short_tmp: Path, smollm2: str) -> None:
     for found in section["extra"].values():
         assert found["without"][0]["known"] == 0
         assert found["with"][0]["known"] > found["with"][0]["read"]
+
+
+@pytest.mark.real
+def test_a_shortened_model_runs(world: World, smollm2: str, tmp_path: Path) -> None:
+    short = tmp_path / "short.gguf"
+    subprocess.run([sys.executable, str(SCRIPT.parent / "shorten.py"), smollm2, str(short), "2"], check=True, timeout=60)
+    assert short.stat().st_size < Path(smollm2).stat().st_size
+    done = world.llm_daemon("run", "--quiet", "--max-tokens", "3", str(short), "hi")
+    assert (done.returncode, done.stderr) == (0, "") and done.stdout.strip()
 
 
 def test_an_unknown_section_is_named() -> None:
