@@ -89,6 +89,7 @@ class FakeDesk:
         self.turns: dict[str, Turn] = {}
         self.open_tickets: set[str] = set()
         self.told: set[str] = set()
+        self.served: set[str] = set()  # of those that ended
         self.overs: list[Exchange] = []
         self.takes_back = False  # whether a ticket whose engine died before its first byte is run again
         self.when_opened: Callable[[Ask, Turn], None] = lambda ask, turn: turn.run(self.route)
@@ -136,6 +137,7 @@ class FakeDesk:
     def ended(self, ticket: str, served: bool = False) -> None:
         assert ticket in self.open_tickets, f"{ticket} ended twice"
         self.open_tickets.remove(ticket)
+        self.served |= {ticket} if served else set()
         self.log.add("ended", ticket)
 
     def lost(self, ask: Ask, turn: Turn, error: LlmDaemonError) -> bool:

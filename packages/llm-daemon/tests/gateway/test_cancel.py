@@ -301,9 +301,10 @@ def test_who_leaves_with_the_last_event_has_all_it_wanted(run: Any, world: Any, 
             while not told.endswith(last):
                 told += await client.chunk()
             await client.close()
-            await w.desk.log.until("ended")
+            ticket = await w.desk.log.until("ended")
             (over,) = w.desk.overs
             assert (over.status, over.code) == (200, code)
+            assert (ticket in w.desk.served) is (not code)  # and the core hears the same
 
     run(main())
 

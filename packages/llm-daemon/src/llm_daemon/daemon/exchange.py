@@ -139,10 +139,11 @@ class Exchange:
 
     def hang_up(self) -> None:
         """The client is gone: before its time, or with all it wanted but the framing behind it."""
-        self.code = self.code or ("" if _LAST.search(self._tail) else "hung_up")
+        is_whole = _LAST.search(self._tail) is not None
+        self.code = self.code or ("" if is_whole else "hung_up")
         if self._state == "running":
             self._aborting()
-            self._leave()
+            self._leave(served=is_whole)
             self._over()
         elif self._state != "over":
             self._end()
@@ -282,13 +283,13 @@ class Exchange:
             )
         return request_bytes(target, headers, body, method)
 
-    def _leave(self) -> None:
+    def _leave(self, served: bool = False) -> None:
         """Lets go of the engine; the ticket ends when the engine has let go of it."""
         call, self._call, self._state = self._call, None, "over"
 
         def let_go() -> None:
             self._gateway.busy -= 1
-            self._ended(False)
+            self._ended(served)
 
         if call is None:
             let_go()
